@@ -1,0 +1,75 @@
+"""Look at a machine as a doctor would: what it has, what it can do, what is slow and why."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from expertly.receipts import versions
+
+_SIZE = 1024  # a square matrix of this many rows is compute-bound and takes milliseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What was found; speeds in GFLOP/s of a square matrix product."""
+
+    versions: dict[str, str]
+    device: str
+    threads: int
+    cores: int
+    speeds: dict[str, float]
+    findings: tuple[str, ...]
+
+
+def examine() -> Examination:
+    """Measure matrix products in float32 and bfloat16, a second in all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    speeds = {
+        "float32": matmul_speed(torch.float32, device),
+        "bfloat16": matmul_speed(torch.bfloat16, device),
+    }
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    return Examination(
+        versions=versions("torch", "transformers", "safetensors", "tokenizers", "datasets"),
+        device=f"{device} ({name})",
+        threads=threads,
+        cores=cores,
+        speeds=speeds,
+        findings=tuple(findings(device, threads, cores, speeds)),
+    )
+
+
+def findings(device: str, threads: int, cores: int, speeds: dict[str, float]) -> list[str]:
+    """What is slow here and why, a line each with what to do."""
+    found = []
+    if device == "cpu":
+        found.append("no GPU: training is limited by the CPU; keep models small")
+    if speeds["bfloat16"] < speeds["float32"]:
+        ratio = speeds["float32"] / speeds["bfloat16"]
+        found.append(f"bfloat16 is {ratio:.1f}x slower than float32 here: leave schedule.bf16 off")
+    if device == "cuda" and speeds["bfloat16"] > 2 * speeds["float32"]:
+        ratio = speeds["bfloat16"] / speeds["float32"]
+        found.append(f"bfloat16 is {ratio:.1f}x faster than float32 here: set schedule.bf16=true")
+    if threads < cores:
+        found.append(f"{threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}")
+    if threads > cores:
+        found.append(f"{threads} threads share {cores} cores: set OMP_NUM_THREADS={cores}")
+    return found
+
+
+def matmul_speed(dtype: torch.dtype, device: str) -> float:
+    """GFLOP/s of a square product, the best of several."""
+    a, b = (torch.randn(_SIZE, _SIZE).to(device, dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * _SIZE**3 / best / 1e9

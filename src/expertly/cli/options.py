@@ -1,0 +1,33 @@
+"""What several verbs share: the --json flag and how results are printed."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def print_json(result: Any) -> None:
+    """A result for machines, on stdout."""
+    typer.echo(json.dumps(result, indent=2, default=str))
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as aligned columns, the first row as the head; the first column is left-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        first = row[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])])
+
+
+def number(count: float) -> str:
+    """A count for people: 1.78 B, 12.3 M, 4,096."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:,.0f}"

@@ -1,0 +1,1 @@
+"""Text to ids to packed batches: read sources, tokenise once, draw rows in a resumable order."""

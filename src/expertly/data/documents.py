@@ -1,0 +1,177 @@
+"""Documents: which files a path stands for, and how a text, JSON lines or parquet file is read.
+
+First step of the walk of a batch. It does not know domains, tokenizers or held-out documents.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from expertly.errors import ExpertlyError, nearest
+
+
+class Document(NamedTuple):
+    """One text and the name that decides whether it is held out."""
+
+    id: str
+    text: str
+
+
+class File(NamedTuple):
+    """One file of a source."""
+
+    id: str  # relative to the source, so that it is the same on every machine
+    path: Path
+    kind: str  # names the reader, see sources.READERS
+
+
+# Told (id, why) of each document that is left out; `why` is a key of TokenSet.counts.
+Skip = Callable[[str, str], None]
+
+_KINDS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet"}
+
+
+def find_files(path: str) -> list[File]:
+    """The files that a file name, a folder or a glob stands for, sorted.
+
+    Hidden files in folders are passed over. Raises E303 when nothing is there.
+    """
+    root = Path(path).expanduser()
+    if root.is_dir():
+        found, base = list(walk(root)), root
+    elif root.is_file():
+        found, base = [root], root.parent
+    elif glob.has_magic(path):
+        names = glob.glob(str(root), recursive=True)
+        found, base = sorted(Path(name) for name in names if os.path.isfile(name)), glob_base(root)
+    else:
+        raise ExpertlyError("E303", path, "no such file or folder", fix="correct the path")
+    if not found:
+        raise ExpertlyError("E303", path, "matches no file", fix="name a folder that holds text")
+    return [File(file.relative_to(base).as_posix(), file, kind_of(file)) for file in found]
+
+
+def glob_base(pattern: Path) -> Path:
+    """The folder in front of a pattern's first wildcard."""
+    parts = pattern.parts
+    wild = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:wild])
+
+
+def walk(root: Path, passed_over: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Every visible file below `root`, sorted, without the folders named in `passed_over`."""
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(name for name in inner if name[0] != "." and name not in passed_over)
+        for name in sorted(names):
+            path = Path(folder, name)
+            # is_file: neither pipes, which would block, nor broken links
+            if name[0] != "." and path.is_file():
+                yield path
+
+
+def kind_of(path: Path) -> str:
+    """How a user's file is read: by its suffix, and as text unless that says otherwise."""
+    return _KINDS.get(path.suffix.lower(), "text")
+
+
+def read_text(file: File, column: str, skip: Skip) -> Iterator[Document]:
+    """The whole file as one document; one that is no UTF-8 text is skipped as `undecodable`."""
+    text = decode(file, skip)
+    if text.strip():
+        yield Document(file.id, text)
+
+
+def decode(file: File, skip: Skip) -> str:
+    """A file's text, or "" after telling `skip` that it has none. Raises E303 when unreadable."""
+    try:
+        text = file.path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    except OSError as error:
+        raise unreadable(file.path, error) from error
+    if "\0" in text:  # binary formats may happen to decode
+        skip(file.id, "undecodable")
+        return ""
+    return text
+
+
+def read_lines(file: File, column: str, skip: Skip) -> Iterator[Document]:
+    """One document per JSON line. Raises E304 with file:line for a line that has no text."""
+    try:
+        with file.path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    text = _text_in_line(line, column, f"{file.path}:{number}")
+                    yield from rows([text], file.id, str(file.path), first=number)
+    except OSError as error:
+        raise unreadable(file.path, error) from error
+
+
+def _text_in_line(line: bytes, column: str, where: str) -> object:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        why = f"is not JSON ({error})"
+        fix = "write one JSON object per line, or leave the file out"
+        raise ExpertlyError("E304", where, why, fix=fix) from error
+    if not isinstance(row, dict):
+        fix = f'write one object such as {{"{column}": "..."}} per line'
+        raise ExpertlyError("E304", where, "is not a JSON object", fix=fix)
+    if column not in row:
+        raise missing_column(where, column, list(row))
+    return row[column]
+
+
+def read_parquet(file: File, column: str, skip: Skip) -> Iterator[Document]:
+    """One document per row, streamed. Raises E304 with file or file:row when it has no text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    where = str(file.path)
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            if column not in table.schema_arrow.names:
+                raise missing_column(where, column, table.schema_arrow.names)
+            first = 1
+            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                yield from rows(batch.column(0).to_pylist(), file.id, where, first)
+                first += batch.num_rows
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        why = f"cannot be read ({error})"
+        raise ExpertlyError("E304", where, why, fix="write the file again") from error
+    except OSError as error:
+        raise unreadable(file.path, error) from error
+
+
+def rows(values: list[object], name: str, where: str, first: int) -> Iterator[Document]:
+    """One document per value that is not blank; its id is `name:row`, counted from 1.
+
+    Raises E304 with `where:row` for a value that is no string or holds a lone surrogate.
+    """
+    for row, value in enumerate(values, start=first):
+        if not isinstance(value, str):
+            why = f"holds {type(value).__name__}, not a string"
+            fix = "name a column of strings, or remove the row"
+            raise ExpertlyError("E304", f"{where}:{row}", why, fix=fix)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            why = f"holds a lone surrogate at character {error.start}"
+            raise ExpertlyError("E304", f"{where}:{row}", why, fix="remove the row") from error
+        if value.strip():
+            yield Document(f"{name}:{row}", value)
+
+
+def missing_column(where: str, column: str, known: list[str]) -> ExpertlyError:
+    """The E304 for rows without the column that was asked for."""
+    fix = f"set column: {nearest(column, known)}" if known else "leave it out"
+    return ExpertlyError("E304", where, f"has no column {column!r}", fix=fix)
+
+
+def unreadable(path: Path, error: OSError) -> ExpertlyError:
+    """The E303 for a file that the operating system does not let us read."""
+    why = (error.strerror or str(error)).lower()
+    return ExpertlyError("E303", str(path), why, fix="make it readable or leave it out")

@@ -1,0 +1,1 @@
+"""The experts' computation behind transformers' experts seam."""

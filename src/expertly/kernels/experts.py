@@ -1,0 +1,48 @@
+"""The experts function: what transformers calls in place of an experts module's forward.
+
+A module is typed Any: its flags are transformers' own.
+It follows transformers' contract for `ExpertsInterface` functions and reads the module's own
+flags, so one function serves every family: with or without gate, bias, transposed weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertly.kernels.grouped import combine, dispatch, grouped_linear, sort_by_expert
+
+
+def experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run each token through its chosen experts and weigh the answers: (tokens, dim).
+
+    hidden_states: (tokens, dim); top_k_index, top_k_weights: (tokens, top_k). Under autocast the
+    weights are cast to its dtype, as torch does for dense layers.
+    """
+    dtype = _compute_dtype(hidden_states)
+    order = sort_by_expert(top_k_index, experts.down_proj.shape[0])
+    packed = dispatch(hidden_states.to(dtype), order)
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner = _linear(experts, up, packed, order.counts, dtype)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    out = _linear(experts, "down_proj", inner, order.counts, dtype)
+    if experts.has_post_expert_norm:
+        out = experts.post_expert_norm(out)
+    return combine(out, top_k_weights, order).to(hidden_states.dtype)
+
+
+def _linear(experts: Any, name: str, x: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """One of the module's stacked projections, with its bias where it has one."""
+    weight = getattr(experts, name).to(dtype)
+    out = grouped_linear(x, weight.mT if experts.is_transposed else weight, counts)
+    if not experts.has_bias:
+        return out
+    bias = getattr(experts, f"{name}_bias").to(dtype)
+    return out + bias.repeat_interleave(counts, dim=0)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

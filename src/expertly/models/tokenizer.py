@@ -1,0 +1,74 @@
+"""The tokenizer: opened from a folder, or a byte-level BPE trained on the data."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from expertly.errors import ExpertlyError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises E307 when there is none or it has no end-of-text token."""
+    path = Path(folder)
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        fix = "name a folder with tokenizer.json, or leave it out to train one on the data"
+        raise ExpertlyError("E307", str(path), "no tokenizer in it", fix=fix)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        raise ExpertlyError("E307", str(path), "it has no end-of-text token", fix=fix)
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE with one special token, the end of text; every string can be encoded."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash that changes whenever the ids would."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    said = core.to_str() if core is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(said.encode("utf-8")).hexdigest()
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer's files into a folder; wrap it in folders.save_folder."""
+    tokenizer.save_pretrained(folder)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of some ids, without special tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A prompt's ids; an empty one begins where documents do, after an end-of-text token."""
+    return encode_batch(tokenizer, [prompt])[0] or [tokenizer.eos_token_id]

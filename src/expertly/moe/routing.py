@@ -1,0 +1,209 @@
+"""Routing: which experts see which token, and with what weight.
+
+Every router is a pure function of the router logits `(tokens, experts)` and returns a Routing.
+It counts nothing, draws nothing and learns nothing: randomness comes in as an argument, counting
+belongs to expertly.watch, the bias moves in expertly.moe.balance. All of it runs in float32.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What a router decided for one batch of tokens, in Hugging Face's order."""
+
+    logits: Tensor  # (tokens, experts), before any softmax
+    weights: Tensor  # (tokens, top_k), what each chosen expert's output is multiplied by
+    experts: Tensor  # (tokens, top_k), int64 expert ids
+    kept: Tensor | None = None  # (tokens, top_k) bool; None: nothing was dropped
+
+
+class Tokens(NamedTuple):
+    """What a flat batch of tokens no longer says by itself."""
+
+    valid: Tensor  # (tokens,) bool, False for padding
+    sequence_id: Tensor  # (tokens,) int64, which sequence a token belongs to
+
+
+class Router(NamedTuple):
+    """A routing rule, and the scores behind its weights."""
+
+    route: Callable[..., Routing]  # (logits, top_k, **options) -> Routing
+    score: Callable[[Tensor], Tensor]  # logits (tokens, experts) -> scores of the same shape
+
+
+def tokens_per_expert(routing: Routing, valid: Tensor | None = None) -> Tensor:
+    """How many assignments each expert received: (experts,), int64.
+
+    Dropped assignments don't count, nor do those of tokens that are not `valid` (tokens,).
+    Not bincount: its output shape depends on the data, which breaks torch.compile.
+    """
+    slots = routing.experts.flatten()
+    counted = torch.ones_like(routing.experts, dtype=torch.bool)
+    if routing.kept is not None:
+        counted = counted & routing.kept
+    if valid is not None:
+        counted = counted & valid.unsqueeze(-1)
+    zeros = slots.new_zeros(routing.logits.shape[-1])
+    return zeros.scatter_add_(0, slots, counted.flatten().long())
+
+
+def drop(routing: Routing, kept: Tensor) -> Routing:
+    """Give the assignments outside `kept` (tokens, top_k) weight 0; the others stay as they are."""
+    if routing.kept is not None:
+        kept = kept & routing.kept
+    return routing._replace(weights=routing.weights.where(kept, 0.0), kept=kept)
+
+
+def jitter(x: Tensor, noise: float) -> Tensor:
+    """The router's input (tokens, dim) times U(1 - noise, 1 + noise).
+
+    Switch Transformer, section 2.2: the text multiplies the input; its printed code adds to logits.
+    """
+    return x * torch.empty_like(x).uniform_(1.0 - noise, 1.0 + noise)
+
+
+# --- Scores ------------------------------------------------------------------------------------
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Probabilities in float32: (tokens, experts)."""
+    return logits.float().softmax(dim=-1)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """Each expert's affinity by itself, in float32: (tokens, experts)."""
+    return logits.float().sigmoid()
+
+
+# --- Rules -------------------------------------------------------------------------------------
+
+
+def softmax_topk(
+    logits: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool = True,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    scale: float = 1.0,
+) -> Routing:
+    """Softmax over all experts, keep the top k.
+
+    Mixtral (renormalised), OLMoE (not), Qwen3-MoE (its config says); with groups and a scale
+    DeepSeek-V2, whose best groups are those with the highest single score (section 2.2.2).
+    """
+    probs = softmax(logits)
+    open_probs = _in_best_groups(probs, num_groups, topk_groups, best=1, closed=0.0)
+    weights, experts = open_probs.topk(top_k, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Routing(logits, weights if scale == 1.0 else weights * scale, experts)
+
+
+def topk_softmax(logits: Tensor, top_k: int) -> Routing:
+    """Top k of the logits, then softmax over the chosen: gpt-oss (its bias is in the logits)."""
+    chosen, experts = logits.float().topk(top_k, dim=-1)
+    return Routing(logits, chosen.softmax(dim=-1), experts)
+
+
+def switch_top1(logits: Tensor, top_k: int = 1) -> Routing:
+    """One expert, weighted by its probability as it is (Switch Transformer, section 2.1)."""
+    return softmax_topk(logits, top_k, renormalize=False)
+
+
+def gshard_top2(logits: Tensor, top_k: int = 2, *, draw: Tensor | None = None) -> Routing:
+    """Two experts; the second is used with probability min(1, 2 x its weight).
+
+    GShard, section 2.2. draw: (tokens,) from U(0, 1); without it, as in evaluation, the second
+    expert is always used.
+    """
+    routing = softmax_topk(logits, top_k)
+    if draw is None:
+        return routing
+    kept = torch.ones_like(routing.experts, dtype=torch.bool)
+    kept[:, 1] = 2 * routing.weights[:, 1] > draw
+    return drop(routing, kept)
+
+
+def biased_sigmoid_topk(
+    logits: Tensor,
+    top_k: int,
+    *,
+    bias: Tensor,
+    renormalize: bool = True,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    scale: float = 1.0,
+) -> Routing:
+    """DeepSeek-V3, section 2.1.2: the bias (experts,) steers the choice, never the weight.
+
+    The best groups are those whose two highest biased scores have the largest sum.
+    """
+    scores = sigmoid(logits)
+    choice = _in_best_groups(scores + bias, num_groups, topk_groups, best=2, closed=-torch.inf)
+    experts = choice.topk(top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(-1, experts)
+    if renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(logits, weights * scale, experts)
+
+
+def biased_softmax_topk(
+    logits: Tensor, top_k: int, *, bias: Tensor, minimum: float = 1e-12, scale: float = 1.0
+) -> Routing:
+    """Ernie 4.5: softmax scores, a bias (experts,) for the choice only, weights sum to `scale`.
+
+    minimum: a floor under the sum that weights are divided by (Ernie's moe_norm_min).
+    """
+    probs = softmax(logits)
+    experts = (probs + bias).topk(top_k, dim=-1).indices
+    weights = probs.gather(-1, experts)
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=minimum)
+    return Routing(logits, weights if scale == 1.0 else weights * scale, experts)
+
+
+def expert_choice(logits: Tensor, top_k: int) -> Routing:
+    """Each expert takes its best tokens x top_k / experts tokens (Zhou et al. 2022, section 3.2).
+
+    A token's experts vary in number: rows are padded to the largest, with kept=False. The choice
+    looks at every token of the batch, later ones too, so causal models must not use it.
+    """
+    tokens, experts = logits.shape
+    each = max(1, tokens * top_k // experts)
+    probs = softmax(logits)
+    taken = torch.zeros_like(probs, dtype=torch.bool)
+    taken.scatter_(0, probs.topk(each, dim=0).indices, True)
+    width = max(1, int(taken.sum(dim=-1).max()))
+    order = probs.where(taken, -1.0).argsort(dim=-1, descending=True, stable=True)[:, :width]
+    return drop(Routing(logits, probs.gather(-1, order), order), taken.gather(-1, order))
+
+
+ROUTERS = {
+    "softmax_topk": Router(softmax_topk, softmax),
+    "topk_softmax": Router(topk_softmax, softmax),
+    "switch_top1": Router(switch_top1, softmax),
+    "gshard_top2": Router(gshard_top2, softmax),
+    "biased_sigmoid_topk": Router(biased_sigmoid_topk, sigmoid),
+    "biased_softmax_topk": Router(biased_softmax_topk, softmax),
+    "expert_choice": Router(expert_choice, softmax),
+}
+
+
+def _in_best_groups(
+    scores: Tensor, num_groups: int, topk_groups: int, *, best: int, closed: float
+) -> Tensor:
+    """Scores with `closed` written over all but the topk_groups best groups of experts.
+
+    A group is worth the sum of its `best` highest scores.
+    """
+    if num_groups == 1:
+        return scores
+    grouped = scores.unflatten(-1, (num_groups, -1))  # (tokens, groups, experts of a group)
+    worth = grouped.topk(best, dim=-1).values.sum(dim=-1)  # (tokens, groups)
+    chosen = worth.topk(topk_groups, dim=-1, sorted=False).indices
+    is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, chosen, True)
+    return grouped.masked_fill(~is_open.unsqueeze(-1), closed).flatten(1)

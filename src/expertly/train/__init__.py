@@ -1,0 +1,1 @@
+"""Train an MoE, or its dense twin, on text: one loop, exact accumulation, exact resume."""

@@ -1,0 +1,153 @@
+"""What a training run is told, section by section. Leaves use Hugging Face's spellings."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from expertly.data.config import DataConfig
+from expertly.moe.capacity import Fill, Overflow
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model folder to go on from, or a family with sizes to start from scratch."""
+
+    path: str = ""
+    family: str = ""  # transformers' model_type: qwen3_moe, mixtral, olmoe, deepseek_v3, llama, ...
+    twin: bool = False  # build the family's dense twin instead, all else equal
+    hidden_size: int | None = None  # this and the sizes below: None keeps the family's default
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None  # of dense layers
+    moe_intermediate_size: int | None = None  # of one expert
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    num_shared_experts: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # any other key of the family's config
+    expert_dropout: float = 0.0  # on an expert's inner activation
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        if bool(self.path) == bool(self.family):
+            yield "family", "give either model.path or model.family with sizes"
+        if self.twin and self.path:
+            yield "twin", "a twin is built from a family's sizes, not from model.path"
+        if not 0 <= self.expert_dropout < 1:
+            yield "expert_dropout", "must be from 0 to below 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """The routing policy and what keeps it balanced; dense models ignore it."""
+
+    router: str = ""  # a name in expertly.moe.routing.ROUTERS; "" is the family's own
+    top_k: int | None = None  # None: the model's
+    options: dict[str, Any] = field(default_factory=dict)
+    jitter: float = 0.0
+    capacity_factor: float | None = None  # None: dropless
+    eval_capacity_factor: float | None = None
+    overflow: Overflow = "drop"
+    fill: Fill = "choice"
+    router_aux_loss_coef: float = 0.01
+    sequence_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.001
+    scope: Literal["global", "micro"] = "global"
+    exact: bool = True  # with accumulation: fix the load fractions in a count pass first
+    bias_update_rate: float = 0.0  # aux-loss-free balancing, for routers with a bias
+    allow_non_stock: bool = False  # save a policy that stock loaders do not know
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        for leaf in ("router_aux_loss_coef", "sequence_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(self, leaf) < 0:
+                yield leaf, "must not be negative"
+        if self.bias_update_rate < 0:
+            yield "bias_update_rate", "must not be negative"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW; no decay on norms and biases."""
+
+    learning_rate: float = 1e-3
+    router_learning_rate: float | None = None  # None: as learning_rate
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        if self.learning_rate <= 0:
+            yield "learning_rate", "must be above 0"
+        if self.router_learning_rate is not None and self.router_learning_rate < 0:
+            yield "router_learning_rate", "must not be negative; 0 freezes the router"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long, in which portions, and the learning rate's course."""
+
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 8  # rows of data.sequence_length tokens
+    gradient_accumulation_steps: int = 1
+    lr_scheduler_type: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_ratio: float = 0.05
+    decay_ratio: float = 0.2  # wsd: the share of steps at the end that decay
+    min_lr_ratio: float = 0.1
+    bf16: bool = False  # autocast
+    gradient_checkpointing: bool = False
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        for leaf in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, leaf) < 1:
+                yield leaf, "must be at least 1"
+        for leaf in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, leaf) <= 1:
+                yield leaf, "must be from 0 to 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out loss per domain, on the same rows each time."""
+
+    eval_steps: int = 100
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        if self.eval_steps < 1:
+            yield "eval_steps", "must be at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written down, and how often in optimizer steps."""
+
+    logging_steps: int = 10
+    save_steps: int = 500
+    report_to: tuple[Literal["tensorboard"], ...] = ()  # metrics.jsonl is always written
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        for leaf in ("logging_steps", "save_steps"):
+            if getattr(self, leaf) < 1:
+                yield leaf, "must be at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    output_dir: str
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    data: DataConfig
+    router: RouterConfig = RouterConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()

@@ -1,0 +1,55 @@
+"""Held-out loss, per domain and over all."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from expertly.data.batches import Batch
+from expertly.train.step import MicroBatch, cross_entropy
+
+
+class HeldOut(NamedTuple):
+    """Cross-entropy in nats per token on held-out text."""
+
+    loss: float  # over all held-out tokens
+    domains: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    autocast: AbstractContextManager,
+) -> HeldOut:
+    """Evaluate on the same rows each time, and leave the model as it was.
+
+    names: a domain's name by its index in the batches.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums = torch.zeros(len(names), 2, dtype=torch.float64)  # loss and label tokens per domain
+    for batch in batches:
+        micro = to_micro(batch, device)
+        with autocast:
+            logits = model(micro.input_ids, attention_mask=micro.attention_mask).logits
+        labels = (micro.labels() != -100).sum()
+        loss = cross_entropy(logits, micro)
+        sums[int(batch.domains[0])] += torch.stack([loss.double(), labels.double()]).cpu()
+    model.train(training)
+    means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    used = [index for index in range(len(names)) if sums[index, 1] > 0]
+    overall = float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))
+    return HeldOut(overall, {names[index]: means[index] for index in used})
+
+
+def to_micro(batch: Batch, device: torch.device) -> MicroBatch:
+    """A data batch on the model's device; a mask of ones alone is left out, which is faster."""
+    mask = batch.attention_mask
+    if mask is not None and bool(mask.all()):
+        mask = None
+    return MicroBatch(batch.input_ids.to(device), None if mask is None else mask.to(device))

@@ -1,0 +1,212 @@
+"""Set a run up: everything that can be wrong is found before anything big is allocated."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import AdamW
+
+from expertly.data.batches import Batch, Batches, eval_batches
+from expertly.data.cache import Encoder, TokenSet, cache_root, sources_key, token_sets
+from expertly.data.config import DataConfig
+from expertly.data.sources import domain_weights, expand, training_sample
+from expertly.errors import ExpertlyError
+from expertly.families import family_of, sizes
+from expertly.folders import save_folder
+from expertly.models.attach import Attachment, attach
+from expertly.models.build import ModelShape, build_model, model_config, twin_config
+from expertly.models.experts import add_expert_dropout
+from expertly.models.layers import own_policy
+from expertly.models.loading import Model, Tokenizer, load_weights, open_config
+from expertly.models.policies import SavedPolicy, fill_bias, read_policy, require_sayable
+from expertly.models.tokenizer import (
+    encode_batch,
+    open_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from expertly.moe.policy import Policy, check_policy
+from expertly.train.config import ModelConfig, RouterConfig, TrainConfig
+from expertly.train.optimizer import build_optimizer
+
+# a byte-level BPE of a few thousand tokens does not get better from more text than this
+_TOKENIZER_BYTES = 16 * 1024 * 1024
+
+Say = Callable[[str], None]  # one line for the user
+
+
+class Job(NamedTuple):
+    """All that the loop works with."""
+
+    model: Model
+    tokenizer: Tokenizer
+    attachment: Attachment | None  # None: a dense model
+    optimizer: AdamW
+    batches: Batches
+    held_out: list[Batch]
+    domains: list[str]  # by the index that batches use
+    autocast: AbstractContextManager
+
+
+def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
+    """Build model, data and optimizer, from a checkpoint's folder when one is given."""
+    folder = checkpoint or (Path(config.model.path) if config.model.path else None)
+    raw = (open_config(folder) if folder else _config(config.model, {})).to_dict()
+    saved = read_policy(folder) if folder else None
+    policy = policy_of(raw, config.router, saved) if _routes(raw, config.model) else None
+    device = torch.device(pick_device(config.device))
+    tokenizer = _tokenizer(config.data, folder, say)
+    sets = tokenize(config.data, tokenizer, say)
+    batches, held_out = _batches(config, sets)
+    torch.manual_seed(config.seed)
+    model = _model(config, folder, tokenizer)
+    model.to(device).train()  # type: ignore[arg-type]
+    attachment = attach(model, policy) if policy is not None else None
+    if attachment is not None and saved is not None:
+        fill_bias(attachment, saved)
+    if config.model.expert_dropout and attachment is not None:
+        add_expert_dropout(model, config.model.expert_dropout)
+    if config.schedule.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    routers = [layer.router for layer in attachment.layers] if attachment else []
+    optimizer = build_optimizer(model, routers, config.optim)
+    names = [each.domain for each in sets]
+    autocast = _cast(config, device)
+    return Job(model, tokenizer, attachment, optimizer, batches, held_out, names, autocast)
+
+
+def policy_of(raw: dict[str, Any], router: RouterConfig, saved: SavedPolicy | None) -> Policy:
+    """The routing policy that a config asks for, on a model with the config `raw`.
+
+    What it leaves open is the family's own rule, or the one saved with the model. Raises E204
+    for one that the model cannot follow, or that could not be saved in stock keys.
+    """
+    own = saved.policy if saved else own_policy(raw)
+    name = router.router or own.router
+    policy = Policy(
+        router=name,
+        top_k=router.top_k or own.top_k,
+        options={**(own.options if name == own.router else {}), **router.options},
+        jitter=router.jitter,
+        capacity_factor=router.capacity_factor,
+        eval_capacity_factor=router.eval_capacity_factor,
+        overflow=router.overflow,
+        fill=router.fill,
+    )
+    check_policy(policy, sizes(raw).num_experts)
+    require_sayable(raw, policy, allow_non_stock=router.allow_non_stock)
+    return policy
+
+
+def _routes(raw: dict[str, Any], model: ModelConfig) -> bool:
+    """Whether there is a router in it: a twin may be of an MoE's own class (DeepSeek-V3)."""
+    return family_of(raw) is not None and not model.twin
+
+
+def pick_device(asked: str) -> str:
+    """auto: the GPU where there is one. Raises E202 for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise ExpertlyError("E202", "device", "no CUDA device here", fix="set device=auto")
+    return "cuda" if there and asked != "cpu" else "cpu"
+
+
+def tokenize(data: DataConfig, tokenizer: Tokenizer, say: Say) -> list[TokenSet]:
+    """The tokens of every domain, from the cache where it has them; one line each to the user."""
+    for missing in expand(data.sources)[1]:
+        say(f"data: {missing} is not on this machine, left out")
+    encoder = Encoder(
+        encode=lambda texts: encode_batch(tokenizer, texts),
+        end_of_text=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    sets = token_sets(
+        data.sources,
+        encoder,
+        eval_fraction=data.eval_fraction,
+        cache_dir=data.cache_dir,
+        progress=_now_and_then(say),
+    )
+    for each in sets:
+        train, held_out = len(each.train), len(each.held_out)
+        say(f"data: {each.domain}: {train:,} tokens to train on, {held_out:,} held out")
+    return sets
+
+
+def _now_and_then(say: Say, every: float = 10.0) -> Callable[[str, int, int], None]:
+    """Tell how far tokenising is, at most once in `every` seconds."""
+    last = time.monotonic()
+
+    def progress(domain: str, documents: int, tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > every:
+            last = time.monotonic()
+            say(f"data: {domain}: {documents:,} documents, {tokens:,} tokens so far")
+
+    return progress
+
+
+def _config(model: ModelConfig, ids: dict[str, Any]) -> ModelShape:
+    """The transformers config of a model from scratch; the twin's where that is asked for."""
+    named = {
+        size: getattr(model, size)
+        for size in ModelConfig.__dataclass_fields__
+        if size not in ("path", "family", "twin", "extra", "expert_dropout")
+    }
+    given = {size: value for size, value in named.items() if value is not None}
+    config = model_config(model.family, {**given, **model.extra, **ids})
+    return twin_config(config) if model.twin else config
+
+
+def _model(config: TrainConfig, folder: Path | None, tokenizer: Tokenizer) -> Model:
+    if folder is not None:
+        return load_weights(folder, dtype=torch.float32)
+    ids = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": None,
+        "max_position_embeddings": max(2048, config.data.sequence_length),
+    }
+    return build_model(_config(config.model, ids))
+
+
+def _tokenizer(data: DataConfig, folder: Path | None, say: Say) -> Tokenizer:
+    """The checkpoint's own, else the one that was named, else one trained on the data."""
+    if data.tokenizer or folder is not None:
+        return open_tokenizer(data.tokenizer or str(folder))
+    sources = expand(data.sources)[0]
+    parts = ("tokenizer", data.vocab_size, data.eval_fraction, _TOKENIZER_BYTES)
+    kept = cache_root(data.cache_dir) / f"tokenizer-{sources_key(sources, *parts)}"
+    if not kept.is_dir():
+        say(f"tokenizer: training a byte-level BPE of {data.vocab_size:,} tokens")
+        texts = training_sample(sources, _TOKENIZER_BYTES, data.eval_fraction)
+        trained = train_tokenizer(texts, data.vocab_size)
+        save_folder(kept, lambda folder: save_tokenizer(trained, folder))
+    return open_tokenizer(kept)
+
+
+def _batches(config: TrainConfig, sets: list[TokenSet]) -> tuple[Batches, list[Batch]]:
+    size, length = config.schedule.per_device_train_batch_size, config.data.sequence_length
+    batches = Batches(
+        sets,
+        domain_weights(config.data.sources),
+        batch_size=size,
+        sequence_length=length,
+        seed=config.seed,
+    )
+    held_out = eval_batches(
+        sets, batch_size=size, sequence_length=length, eval_tokens=config.data.eval_tokens
+    )
+    return batches, held_out
+
+
+def _cast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    if not config.schedule.bf16:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

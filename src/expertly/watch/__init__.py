@@ -1,0 +1,1 @@
+"""Router health: what the true decisions say about each layer's experts."""

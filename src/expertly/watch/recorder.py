@@ -1,0 +1,61 @@
+"""Count what routers decided, outside autograd, once per micro-batch; read once per step."""
+
+from collections.abc import Sequence
+
+import torch
+
+from expertly.moe.losses import balance_counts, probabilities
+from expertly.moe.policy import Decision
+from expertly.moe.routing import Tokens, tokens_per_expert
+from expertly.watch.stats import LayerCounts
+
+
+class Recorder:
+    """Sums the counts of one optimizer step over its micro-batches.
+
+    It holds (layers, experts) numbers and nothing of the batch, however long the run.
+    """
+
+    def __init__(self, router: str):
+        self._router = router
+        self._sums: LayerCounts | None = None
+
+    def add(self, decisions: Sequence[Decision], tokens: Tokens) -> None:
+        """Count one micro-batch: a decision per MoE layer, and which of its tokens are valid."""
+        counts = count_decisions(decisions, tokens, self._router)
+        if self._sums is None:
+            self._sums = counts
+        else:
+            self._sums = LayerCounts(*(a + b for a, b in zip(self._sums, counts, strict=True)))
+
+    def read(self) -> LayerCounts:
+        """The counts since the last read, and start again."""
+        assert self._sums is not None, "nothing was recorded: no hook fired"
+        counts, self._sums = self._sums, None
+        return counts
+
+
+@torch.no_grad()
+def count_decisions(decisions: Sequence[Decision], tokens: Tokens, router: str) -> LayerCounts:
+    """What one micro-batch's decisions add up to; padding is not counted."""
+    layers = [_count_layer(decision, tokens, router) for decision in decisions]
+    stacked = [torch.stack(values).double() for values in zip(*layers, strict=True)]
+    return LayerCounts._make([*stacked, tokens.valid.sum().double()])
+
+
+def _count_layer(decision: Decision, tokens: Tokens, router: str) -> tuple[torch.Tensor, ...]:
+    """One layer's part of LayerCounts, in its order, without the tokens."""
+    served, valid = decision.served, tokens.valid
+    probs = probabilities(served.logits, router) * valid.unsqueeze(-1)  # (tokens, experts)
+    weights = (served.weights * valid.unsqueeze(-1)).to(probs.dtype)
+    if served.kept is not None:
+        weights = weights * served.kept
+    mass = torch.zeros_like(probs[0]).scatter_add_(0, served.experts.flatten(), weights.flatten())
+    return (
+        tokens_per_expert(served, valid),
+        balance_counts(decision.chosen, valid),
+        mass,
+        probs.amax(dim=-1).sum(),
+        (served.logits.float().logsumexp(dim=-1).square() * valid).sum(),
+        probs.sum(dim=0),
+    )

@@ -1,0 +1,78 @@
+"""Router statistics: pure functions from counts to the watch set. One definition, everywhere.
+
+Assignment load (how many tokens an expert got) and gate mass (how much weight it was given) differ,
+so both are reported. A perfectly even load has entropy_norm 1, max_load_ratio 1 and load_cv 0.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LayerCounts(NamedTuple):
+    """What one step's decisions add up to; every tensor is float64, the first axis is the layer."""
+
+    load: Tensor  # (layers, experts), assignments served
+    chosen: Tensor  # (layers, experts), assignments before capacity
+    mass: Tensor  # (layers, experts), weight given, dropped assignments excluded
+    confidence: Tensor  # (layers,), sum over tokens of the highest probability
+    log_z: Tensor  # (layers,), sum over tokens of logsumexp^2
+    probs: Tensor  # (layers, experts), sum over tokens of the router's probabilities
+    tokens: Tensor  # (), valid tokens
+
+
+def watch_set(counts: LayerCounts, bias: Tensor | None = None) -> dict[str, Any]:
+    """The run's scalars for one step, each the mean over layers, and the worst layer by load.
+
+    bias: (layers, experts) or None. Names as in docs/watch.md.
+    """
+    layers = layer_stats(counts)
+    scalars = {name: float(values.mean()) for name, values in layers.items()}
+    worst = int(layers["max_load_ratio"].argmax())
+    load = counts.load[worst]
+    return {
+        **scalars,
+        "max_load_ratio": float(layers["max_load_ratio"].max()),
+        "min_load_ratio": float(layers["min_load_ratio"].min()),
+        "bias_range": 0.0 if bias is None else float((bias.amax(-1) - bias.amin(-1)).max()),
+        "worst_layer": worst,
+        "hottest_expert": int(load.argmax()),
+        "coldest_expert": int(load.argmin()),
+    }
+
+
+def layer_stats(counts: LayerCounts) -> dict[str, Tensor]:
+    """The watch set per layer: (layers,) each."""
+    load, tokens = counts.load, counts.tokens.clamp(min=1)
+    share = _share(load)
+    mean = load.mean(dim=-1)
+    even = mean.clamp(min=1e-12)
+    entropy = _entropy(share)
+    chosen = counts.chosen.sum(dim=-1)
+    num_experts = load.shape[-1]
+    return {
+        "load_cv": load.std(dim=-1, correction=0) / even,
+        "max_load_ratio": load.amax(dim=-1) / even,
+        "min_load_ratio": load.amin(dim=-1) / even,
+        "dead_frac": (load == 0).double().mean(dim=-1),
+        "entropy_norm": entropy / torch.tensor(float(max(num_experts, 2))).log(),
+        "effective_experts": entropy.exp(),
+        "mass_entropy_norm": _entropy(_share(counts.mass))
+        / torch.tensor(float(max(num_experts, 2))).log(),
+        "router_confidence": counts.confidence / tokens,
+        "dropped_frac": 1 - load.sum(dim=-1) / chosen.clamp(min=1),
+        # the losses as the training loop defines them, on Hugging Face's scale
+        "aux_loss": num_experts * (counts.chosen / tokens * counts.probs / tokens).sum(dim=-1),
+        "z_loss": counts.log_z / tokens,
+    }
+
+
+def _share(load: Tensor) -> Tensor:
+    """A load as shares of 1 per layer: (layers, experts)."""
+    return load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def _entropy(share: Tensor) -> Tensor:
+    """Shannon entropy in nats: (layers,)."""
+    return -torch.special.xlogy(share, share).sum(dim=-1)

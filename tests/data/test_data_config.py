@@ -1,0 +1,29 @@
+"""The `data` section as a user writes it."""
+
+from dataclasses import asdict
+
+import pytest
+
+from expertly.config import load
+from expertly.data.config import DataConfig, Source
+from expertly.errors import ExpertlyError
+
+
+def test_a_section_from_yaml(tmp_path):
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        "sources:\n- {path: stdlib, weight: 0.5}\n- {path: valid.jsonl, eval: true}\n"
+        "sequence_length: 128\n"
+    )
+    config = load(DataConfig, file)
+    first, second = Source(path="stdlib", weight=0.5), Source(path="valid.jsonl", eval=True)
+    assert config.sources == (first, second)
+    assert config.sequence_length == 128
+    assert asdict(config)["eval_fraction"] == 0.05
+
+
+def test_a_misspelt_key_of_a_source_is_refused(tmp_path):
+    file = tmp_path / "data.yaml"
+    file.write_text("sources:\n- {path: stdlib, wieght: 1}\n")
+    with pytest.raises(ExpertlyError, match=r"error\[E201\].*weight"):
+        load(DataConfig, file)
