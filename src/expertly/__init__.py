@@ -12,7 +12,7 @@ _PUBLIC = {
     "Policy": "expertly.moe.policy",
     "ExpertlyError": "expertly.errors",
 }
-__all__ = ["ExpertlyError", "Policy", "attach", "open_model"]  # noqa: F822
+__all__ = ["ExpertlyError", "Policy", "attach", "open_model"]
 
 
 def __getattr__(name: str) -> Any:

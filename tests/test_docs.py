@@ -1,0 +1,73 @@
+"""What the documents promise stands in the code, and the other way round."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from expertly.data.config import Source
+from expertly.errors import CODES
+from expertly.moe.routing import ROUTERS
+from expertly.train.config import TrainConfig
+from expertly.watch.stats import LayerCounts, watch_set
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def leaves(kind: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            yield from leaves(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("leaf", [*leaves(TrainConfig)])
+def test_every_setting_is_documented(leaf):
+    page = "router.md" if leaf.startswith("router.") else "train.md"
+    assert f"`{leaf}`" in (DOCS / page).read_text()
+
+
+def test_no_setting_is_documented_that_is_not_there():
+    known = {*leaves(TrainConfig), "router.*", "log.*", "router.jsonl"}
+    sections = {"model", "data", "router", "optim", "schedule", "eval", "log"}
+    for page in ("train.md", "router.md"):
+        said = re.findall(r"`([a-z]+\.[a-z_0-9*]+)`", (DOCS / page).read_text())
+        assert {name for name in said if name.split(".")[0] in sections} <= known
+
+
+def test_every_key_of_a_source_is_documented():
+    page = (DOCS / "data.md").read_text()
+    assert all(f"`{field.name}`" in page for field in fields(Source))
+
+
+def test_every_router_and_every_watched_number_is_documented():
+    import torch
+
+    page = (DOCS / "router.md").read_text()
+    ones = torch.ones(1, 2, dtype=torch.float64)
+    counts = LayerCounts(ones, ones, ones, ones[:, 0], ones[:, 0], ones, ones[0, 0])
+    assert all(f"`{name}`" in page for name in [*ROUTERS, *watch_set(counts)])
+
+
+def test_the_error_page_lists_exactly_the_codes():
+    listed = re.findall(r"^\| (E\d{3}) \|", (DOCS / "errors.md").read_text(), flags=re.M)
+    assert listed == sorted(CODES)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_error_has_a_test(code):
+    here = Path(__file__).parent
+    tests = "".join(path.read_text() for path in here.rglob("test_*.py") if path != Path(__file__))
+    assert code in tests
+
+
+def test_the_tree_in_the_house_page_is_the_tree():
+    page = (DOCS / "house.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "src/expertly").glob("*/__init__.py")}
+    assert set(re.findall(r"^  ([a-z]+)/ ", page, flags=re.M)) == rooms
