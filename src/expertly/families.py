@@ -107,22 +107,25 @@ def require_family(config: Mapping[str, Any]) -> Family:
 
 
 def sizes(config: Mapping[str, Any]) -> Sizes:
-    """The MoE sizes that a raw config dict states. Raises E306 for an unknown family."""
+    """The MoE sizes that a raw config dict states. Raises E306 for an unknown family, E305 for
+    a config without them.
+    """
     row = require_family(config)
-    width = config[row.expert_width]
+    width = first_of(config, row.expert_width)
     return Sizes(
-        num_experts=first_of(config, row.num_experts),
-        top_k=config[row.top_k],
+        num_experts=first_of(config, *row.num_experts),
+        top_k=first_of(config, row.top_k),
         expert_width=width,
-        shared_width=width * (config[row.shared_experts] if row.shared_experts else 0),
-        first_dense=(config[row.first_dense] or 0) if row.first_dense else 0,
+        shared_width=width * (first_of(config, row.shared_experts) if row.shared_experts else 0),
+        first_dense=(first_of(config, row.first_dense) or 0) if row.first_dense else 0,
     )
 
 
 def rule_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the family's routing rule, as its config and code fix them."""
     row = require_family(config)
-    return {**row.fixed, **{option: config[key] for option, key in row.options.items()}}
+    said = {option: first_of(config, key) for option, key in row.options.items()}
+    return {**row.fixed, **said}
 
 
 def stock_keys(
@@ -154,8 +157,8 @@ def dense_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return twin
 
 
-def first_of(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    """The value of the first of several spellings that a config holds."""
+def first_of(config: Mapping[str, Any], *keys: str) -> Any:
+    """The value of the first of several spellings that a config holds; E305 for none."""
     for key in keys:
         if key in config:
             return config[key]

@@ -40,7 +40,7 @@ def _linear(experts: Any, name: str, x: Tensor, counts: Tensor, dtype: torch.dty
     if not experts.has_bias:
         return out
     bias = getattr(experts, f"{name}_bias").to(dtype)
-    return out + bias.repeat_interleave(counts, dim=0)
+    return out + bias.repeat_interleave(counts, dim=0, output_size=len(out))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

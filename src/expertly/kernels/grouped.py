@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Order(NamedTuple):
@@ -64,6 +65,7 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, order.packed // order.top_k)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         per_token = grad.index_select(0, ctx.order.slots).unflatten(0, (-1, ctx.order.top_k))
         return per_token.sum(dim=1), None
@@ -78,13 +80,14 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights.to(packed.dtype).unsqueeze(1), per_token).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         packed, weights = ctx.saved_tensors
         order = ctx.order
         spread = grad.index_select(0, order.packed // order.top_k)  # (assignments, dim)
         packed_weights = weights.flatten()[order.packed].unsqueeze(-1)
-        dots = (spread * packed).sum(dim=-1)
-        grad_weights = dots[order.slots].view_as(weights).to(weights.dtype)
+        dots = (spread * packed).sum(dim=-1, dtype=weights.dtype)  # the router's is often wider
+        grad_weights = dots[order.slots].view_as(weights)
         return spread.mul_(packed_weights.to(spread.dtype)), grad_weights, None
 
 
@@ -100,6 +103,7 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None

@@ -16,8 +16,12 @@ Fill = Literal["token", "choice", "weight"]
 
 
 def expert_capacity(tokens: int, top_k: int, num_experts: int, capacity_factor: float) -> int:
-    """How many assignments one expert takes: its even share times the factor, at least 1."""
-    return max(1, math.floor(tokens * top_k / num_experts * capacity_factor))
+    """How many assignments one expert takes: its even share times the factor, at least 1.
+
+    Rounded up, so that a factor of 1 has room for every assignment whatever the numbers.
+    """
+    share = tokens * top_k * capacity_factor / num_experts
+    return max(1, math.ceil(share - 1e-6))  # 1e-6: what a factor such as 1.1 is off in binary
 
 
 def limit(
@@ -38,65 +42,72 @@ def limit(
     capacity = expert_capacity(int(valid.sum()), top_k, num_experts, capacity_factor)
     wanted = valid.unsqueeze(-1).expand_as(routing.experts)
     wanted = wanted if routing.kept is None else wanted & routing.kept
-    position = fill_positions(routing, wanted, fill)
-    limited = drop(routing, wanted & (position < capacity))
+    queue = _queue(routing.weights.detach(), wanted, fill)
+    fits = _places(routing.experts.flatten()[queue]) < capacity
+    kept = torch.zeros_like(wanted.flatten())
+    kept[queue[fits]] = True
+    limited = drop(routing, kept.view_as(wanted))
     if overflow == "drop":
         return limited
-    return _reroute(limited, routing, scores, wanted, capacity)
+    gates = _gates(routing, scores, wanted)
+    tried = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, routing.experts, wanted)
+    return _reroute(limited, queue[~fits], scores.detach(), gates, tried, capacity)
 
 
-def fill_positions(routing: Routing, wanted: Tensor, fill: Fill) -> Tensor:
-    """Each wanted assignment's place in its expert's queue, from 0: (tokens, top_k)."""
-    order = _fill_order(routing.weights.detach(), fill)  # (assignments,)
-    queue = _places(routing.experts.flatten()[order], wanted.flatten()[order])
-    return torch.empty_like(queue).scatter_(0, order, queue).view_as(routing.experts)
-
-
-def _fill_order(weights: Tensor, fill: Fill) -> Tensor:
-    """Flat assignment numbers in the order in which they ask for room: (assignments,)."""
+def _queue(weights: Tensor, wanted: Tensor, fill: Fill) -> Tensor:
+    """The wanted assignments, as flat (token, k) slots, in the order in which they ask for room."""
     tokens, top_k = weights.shape
     if fill == "weight":
-        return weights.flatten().argsort(descending=True, stable=True)
-    ranked = weights.argsort(dim=-1, descending=True, stable=True)  # best choice first
-    flat = ranked + top_k * torch.arange(tokens, device=weights.device).unsqueeze(-1)
-    return (flat.T if fill == "choice" else flat).flatten()
+        order = weights.flatten().argsort(descending=True, stable=True)
+    else:
+        ranked = weights.argsort(dim=-1, descending=True, stable=True)  # best choice first
+        slots = ranked + top_k * torch.arange(tokens, device=weights.device).unsqueeze(-1)
+        order = (slots.T if fill == "choice" else slots).flatten()
+    return order[wanted.flatten()[order]]
 
 
-def _places(experts: Tensor, wanted: Tensor) -> Tensor:
-    """For a queue (assignments,): how many wanted ones of the same expert stand before each."""
-    by_expert = experts.argsort(stable=True)
-    asks = wanted[by_expert].long()
-    before = asks.cumsum(0) - asks  # wanted ones before it, over all experts
-    first = torch.searchsorted(experts[by_expert], experts[by_expert])  # its expert's first slot
-    return torch.empty_like(before).scatter_(0, by_expert, before - before[first])
+def _places(names: Tensor) -> Tensor:
+    """How many of the same name stand before each in a queue (assignments,)."""
+    by_name = names.argsort(stable=True)
+    ordered = names[by_name]
+    first = torch.searchsorted(ordered, ordered)  # where its name begins
+    place = torch.arange(len(names), device=names.device) - first
+    return torch.empty_like(place).scatter_(0, by_name, place)
+
+
+def _gates(routing: Routing, scores: Tensor, wanted: Tensor) -> Tensor:
+    """Every expert's weight for each token, scaled as its choices were: (tokens, experts)."""
+    given = (routing.weights * wanted).sum(dim=-1)
+    of = (scores.gather(-1, routing.experts) * wanted).sum(dim=-1)  # 0 for padding
+    return scores * (given / of.clamp(min=1e-20)).unsqueeze(-1)
 
 
 def _reroute(
-    limited: Routing, chosen: Routing, scores: Tensor, wanted: Tensor, capacity: int
+    limited: Routing, queue: Tensor, scores: Tensor, gates: Tensor, tried: Tensor, capacity: int
 ) -> Routing:
-    """Send overflow to each token's next-best expert with room, until none is left to try.
+    """Send the overflow `queue` to each token's next-best expert with room, until all are tried.
 
-    Switch Transformer, appendix B (no token left behind). The new gate is the token's own next
-    score, scaled as its first choices were.
+    Switch Transformer, appendix B (no token left behind). Next-best is by score: a selection bias
+    steers first choices only. tried: (tokens, experts), where a token has been; changed in place.
     """
-    factor = chosen.weights.sum(-1) / scores.gather(-1, chosen.experts).sum(-1)  # (tokens,)
-    scaled = scores * factor.unsqueeze(-1)
-    weights, experts = limited.weights.clone(), limited.experts.clone()
-    kept = wanted.clone() if limited.kept is None else limited.kept.clone()
-    tried = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen.experts, True)
-    for _ in range(scores.shape[-1]):
-        load = tokens_per_expert(Routing(scores, weights, experts, kept))
-        for slot in range(experts.shape[-1]):
-            lost = (wanted[:, slot] & ~kept[:, slot]).nonzero().squeeze(-1)
-            closed = tried[lost] | (load >= capacity)
-            lost, closed = lost[~closed.all(-1)], closed[~closed.all(-1)]
-            if len(lost) == 0:
-                continue
-            new = scores[lost].detach().masked_fill(closed, -torch.inf).argmax(dim=-1)
-            fits = load[new] + _places(new, torch.ones_like(new, dtype=torch.bool)) < capacity
-            tried[lost, new] = True
-            lost, new = lost[fits], new[fits]
-            experts[lost, slot], kept[lost, slot] = new, True
-            weights[lost, slot] = scaled[lost, new]
-            load = load + torch.zeros_like(load).scatter_add_(0, new, torch.ones_like(new))
-    return Routing(limited.logits, weights, experts, kept)
+    top_k, num_experts = limited.experts.shape[-1], scores.shape[-1]
+    assert limited.kept is not None
+    weights, experts, kept = (t.flatten().clone() for t in limited[1:] if t is not None)
+    load = tokens_per_expert(limited)
+    for _ in range(num_experts):
+        token = queue // top_k
+        closed = tried[token] | (load >= capacity)
+        # one assignment of a token at a time, or two would take the same expert
+        turn = ~closed.all(dim=-1) & (_places(token) == 0)
+        slot, token, closed = queue[turn], token[turn], closed[turn]
+        if len(slot) == 0:
+            break
+        new = scores[token].masked_fill(closed, -torch.inf).argmax(dim=-1)
+        tried[token, new] = True
+        fits = load[new] + _places(new) < capacity
+        slot, token, new = slot[fits], token[fits], new[fits]
+        experts[slot], weights[slot], kept[slot] = new, gates[token, new], True
+        load = load.scatter_add(0, new, torch.ones_like(new))
+        queue = queue[~kept[queue]]
+    shape = limited.experts.shape
+    return Routing(limited.logits, weights.view(shape), experts.view(shape), kept.view(shape))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertly.moe.routing import ROUTERS, Routing, Tokens, tokens_per_expert
+from expertly.moe.routing import ROUTERS, Routing, Tokens, softmax, tokens_per_expert
 
 
 class Totals(NamedTuple):
@@ -31,7 +31,9 @@ def probabilities(logits: Tensor, router: str) -> Tensor:
     A softmax is one already; sigmoid affinities are divided by their sum (DeepSeek-V3, eq. 20).
     """
     scores = ROUTERS[router].score(logits)
-    return scores / scores.sum(dim=-1, keepdim=True) if router == "biased_sigmoid_topk" else scores
+    if ROUTERS[router].score is softmax:
+        return scores
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
 
 def load_balancing_loss(probs: Tensor, valid: Tensor, share: Tensor, totals: Totals) -> Tensor:
@@ -42,7 +44,7 @@ def load_balancing_loss(probs: Tensor, valid: Tensor, share: Tensor, totals: Tot
     per valid token, which sum to top_k. Taken over the whole batch (global scope; Qwen, "Demons
     in the Detail") the loss does not depend on the split; taken over the micro-batch it does.
     """
-    mean_prob = (probs * valid.unsqueeze(-1)).sum(dim=0) / totals.tokens
+    mean_prob = (probs * valid.unsqueeze(-1)).sum(dim=0) / max(totals.tokens, 1)
     return len(share) * (share * mean_prob).sum()
 
 
@@ -51,26 +53,26 @@ def sequence_balancing_loss(
 ) -> Tensor:
     """The same loss per sequence, averaged over sequences (DeepSeek-V3 eq. 17-20, times top_k).
 
-    A sequence must lie in one micro-batch, whole. On the scale of load_balancing_loss.
+    A sequence must lie in one micro-batch, whole. On the scale of load_balancing_loss. It counts
+    the top_k of `probs`, as eq. 18 does: the choice without bias and without limit on groups.
     """
     num_experts = probs.shape[-1]
+    preferred = probs.topk(routing.experts.shape[-1], dim=-1).indices
     _, row = tokens.sequence_id.unique(return_inverse=True)  # (tokens,)
     sequences = int(row.max()) + 1
     valid = tokens.valid.float()
     length = valid.new_zeros(sequences).index_add_(0, row, valid).clamp(min=1).unsqueeze(-1)
-    counted = valid.unsqueeze(-1).expand_as(routing.experts)
-    counted = counted if routing.kept is None else counted * routing.kept
-    chosen = torch.zeros_like(probs).scatter_add_(1, routing.experts, counted.contiguous())
+    chosen = torch.zeros_like(probs).scatter_(1, preferred, 1.0)
     empty = probs.new_zeros(sequences, num_experts)
-    share = empty.index_add(0, row, chosen.detach()) / length
+    share = empty.index_add(0, row, chosen * valid.unsqueeze(-1)) / length
     mean_prob = empty.index_add(0, row, probs * valid.unsqueeze(-1)) / length
-    return num_experts * (share * mean_prob).sum() / totals.sequences
+    return num_experts * (share * mean_prob).sum() / max(totals.sequences, 1)
 
 
 def z_loss(logits: Tensor, valid: Tensor, totals: Totals) -> Tensor:
     """ST-MoE eq. 5 for one layer: keeps logits small, so that softmax stays well-behaved."""
     squares = logits.float().logsumexp(dim=-1).square()
-    return (squares * valid).sum() / totals.tokens
+    return (squares * valid).sum() / max(totals.tokens, 1)
 
 
 def balance_counts(routing: Routing, valid: Tensor) -> Tensor:

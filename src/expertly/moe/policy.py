@@ -1,6 +1,9 @@
 """A routing policy: the rule with its options, and the capacity that limits it. Plain data."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from inspect import signature
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -45,24 +48,56 @@ class Decision(NamedTuple):
 
 def check_policy(policy: Policy, num_experts: int) -> None:
     """Raises E204 for a policy that a causal model with `num_experts` experts cannot follow."""
-
-    def refuse(why: str, fix: str) -> None:
+    for why, fix in chain(_rule_problems(policy, num_experts), _limit_problems(policy)):
         raise ExpertlyError("E204", f"router {policy.router}", why, fix=fix)
 
+
+def _rule_problems(policy: Policy, num_experts: int) -> Iterator[tuple[str, str]]:
+    """What is wrong with the rule, as (why, fix); the caller stops at the first."""
     if policy.router not in ROUTERS:
-        refuse("no such router", nearest(policy.router, ROUTERS))
+        yield "no such router", nearest(policy.router, ROUTERS)
     if policy.router == "expert_choice":
-        refuse("it looks at later tokens, so a causal model would cheat", "use softmax_topk")
+        yield "it looks at later tokens, so a causal model would cheat", "use softmax_topk"
     if not 1 <= policy.top_k <= num_experts:
         why = f"top_k {policy.top_k} with {num_experts} experts"
-        refuse(why, f"choose a top_k from 1 to {num_experts}")
+        yield why, f"choose a top_k from 1 to {num_experts}"
     fixed = {"switch_top1": 1, "gshard_top2": 2}.get(policy.router, policy.top_k)
     if policy.top_k != fixed:
-        refuse(f"its top_k is {fixed}, not {policy.top_k}", f"set top_k to {fixed}")
-    if min(policy.capacity_factor or 1, policy.eval_capacity_factor or 1) <= 0:
-        refuse("a capacity factor must be above 0", "raise it, or null for dropless")
+        yield f"its top_k is {fixed}, not {policy.top_k}", f"set top_k to {fixed}"
+    known = _options_of(policy.router)
+    for name in policy.options:
+        if name not in known:
+            yield f"no option {name}", nearest(name, known) if known else "leave options empty"
+    yield from _group_problems(policy, num_experts)
+
+
+def _options_of(router: str) -> tuple[str, ...]:
+    """The options that a user may give a rule: its keyword arguments, without its tensors."""
+    parameters = signature(ROUTERS[router].route).parameters.values()
+    names = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return tuple(name for name in names if name not in ("bias", "draw"))
+
+
+def _group_problems(policy: Policy, num_experts: int) -> Iterator[tuple[str, str]]:
+    """What is wrong with a limit on groups of experts."""
+    groups, used = (policy.options.get(name, 1) for name in ("num_groups", "topk_groups"))
+    least = 2 if policy.router == "biased_sigmoid_topk" and groups > 1 else 1
+    if groups < 1 or num_experts % groups or num_experts // groups < least:
+        why = f"{num_experts} experts in {groups} groups"
+        yield why, f"choose num_groups for equal groups of at least {least}"
+    if not 1 <= used <= groups:
+        yield f"{used} of {groups} groups", f"choose topk_groups from 1 to {groups}"
+    if policy.top_k > used * (num_experts // groups):
+        yield f"{used} of {groups} groups hold fewer than top_k experts", "raise topk_groups"
+
+
+def _limit_problems(policy: Policy) -> Iterator[tuple[str, str]]:
+    """What is wrong with capacity or jitter."""
+    for factor in (policy.capacity_factor, policy.eval_capacity_factor):
+        if factor is not None and factor <= 0:
+            yield "a capacity factor must be above 0", "raise it, or null for dropless"
     if not 0 <= policy.jitter < 1:
-        refuse(f"jitter {policy.jitter}", "choose one from 0 to below 1")
+        yield f"jitter {policy.jitter}", "choose one from 0 to below 1"
 
 
 def decide(

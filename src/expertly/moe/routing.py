@@ -59,10 +59,11 @@ def drop(routing: Routing, kept: Tensor) -> Routing:
 
 
 def jitter(x: Tensor, noise: float) -> Tensor:
-    """The router's input (tokens, dim) times U(1 - noise, 1 + noise).
+    """The router's input (tokens, dim) times U(1 - noise, 1 + noise), in float32.
 
     Switch Transformer, section 2.2: the text multiplies the input; its printed code adds to logits.
     """
+    x = x.float()  # bfloat16 has four values from 0.99 to 1.01
     return x * torch.empty_like(x).uniform_(1.0 - noise, 1.0 + noise)
 
 

@@ -47,10 +47,9 @@ def _count_layer(decision: Decision, tokens: Tokens, router: str) -> tuple[torch
     """One layer's part of LayerCounts, in its order, without the tokens."""
     served, valid = decision.served, tokens.valid
     probs = probabilities(served.logits, router) * valid.unsqueeze(-1)  # (tokens, experts)
-    weights = (served.weights * valid.unsqueeze(-1)).to(probs.dtype)
-    if served.kept is not None:
-        weights = weights * served.kept
-    mass = torch.zeros_like(probs[0]).scatter_add_(0, served.experts.flatten(), weights.flatten())
+    weights = (served.weights * valid.unsqueeze(-1)).to(probs.dtype)  # 0 where dropped
+    mass = probs.new_zeros(probs.shape[-1])
+    mass = mass.scatter_add_(0, served.experts.flatten(), weights.flatten())
     return (
         tokens_per_expert(served, valid),
         balance_counts(decision.chosen, valid),

@@ -4,6 +4,7 @@ Assignment load (how many tokens an expert got) and gate mass (how much weight i
 so both are reported. A perfectly even load has entropy_norm 1, max_load_ratio 1 and load_cv 0.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -45,34 +46,32 @@ def watch_set(counts: LayerCounts, bias: Tensor | None = None) -> dict[str, Any]
 def layer_stats(counts: LayerCounts) -> dict[str, Tensor]:
     """The watch set per layer: (layers,) each."""
     load, tokens = counts.load, counts.tokens.clamp(min=1)
-    share = _share(load)
-    mean = load.mean(dim=-1)
-    even = mean.clamp(min=1e-12)
-    entropy = _entropy(share)
-    chosen = counts.chosen.sum(dim=-1)
     num_experts = load.shape[-1]
+    even = load.mean(dim=-1).clamp(min=1e-12)
+    chosen = counts.chosen.sum(dim=-1)
     return {
         "load_cv": load.std(dim=-1, correction=0) / even,
         "max_load_ratio": load.amax(dim=-1) / even,
         "min_load_ratio": load.amin(dim=-1) / even,
         "dead_frac": (load == 0).double().mean(dim=-1),
-        "entropy_norm": entropy / torch.tensor(float(max(num_experts, 2))).log(),
-        "effective_experts": entropy.exp(),
-        "mass_entropy_norm": _entropy(_share(counts.mass))
-        / torch.tensor(float(max(num_experts, 2))).log(),
+        "entropy_norm": _evenness(load),
+        "effective_experts": _entropy(load).exp(),
+        "mass_entropy_norm": _evenness(counts.mass),
         "router_confidence": counts.confidence / tokens,
-        "dropped_frac": 1 - load.sum(dim=-1) / chosen.clamp(min=1),
+        "dropped_frac": (chosen - load.sum(dim=-1)) / chosen.clamp(min=1),
         # the losses as the training loop defines them, on Hugging Face's scale
         "aux_loss": num_experts * (counts.chosen / tokens * counts.probs / tokens).sum(dim=-1),
         "z_loss": counts.log_z / tokens,
     }
 
 
-def _share(load: Tensor) -> Tensor:
-    """A load as shares of 1 per layer: (layers, experts)."""
-    return load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+def _evenness(load: Tensor) -> Tensor:
+    """A load's entropy over that of an even one: (layers,). A single expert is always even."""
+    most = math.log(load.shape[-1])
+    return _entropy(load) / most if most else torch.ones_like(load[:, 0])
 
 
-def _entropy(share: Tensor) -> Tensor:
-    """Shannon entropy in nats: (layers,)."""
+def _entropy(load: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of a load (layers, experts) as shares of 1: (layers,)."""
+    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     return -torch.special.xlogy(share, share).sum(dim=-1)

@@ -1,0 +1,90 @@
+"""Router statistics on loads made by hand."""
+
+import math
+
+import pytest
+import torch
+
+from expertly.watch.stats import LayerCounts, layer_stats, watch_set
+
+
+def counts_of(load, *, tokens=None, chosen=None, mass=None, probs=None, confidence=0.0, log_z=0.0):
+    """Counts of hand-made loads, one row per layer; what is not given follows from the load."""
+    load = torch.tensor(load, dtype=torch.float64)
+    chosen = load if chosen is None else torch.tensor(chosen, dtype=torch.float64)
+    mass = load if mass is None else torch.tensor(mass, dtype=torch.float64)
+    tokens = load.sum(-1).max() if tokens is None else torch.tensor(float(tokens))
+    probs = load if probs is None else torch.tensor(probs, dtype=torch.float64)
+    per_layer = torch.ones(len(load), dtype=torch.float64)
+    return LayerCounts(
+        load, chosen, mass, per_layer * confidence, per_layer * log_z, probs, tokens.double()
+    )
+
+
+def test_an_even_load():
+    stats = watch_set(counts_of([[4.0] * 8]))
+    assert stats["load_cv"] == 0
+    assert stats["max_load_ratio"] == stats["min_load_ratio"] == 1
+    assert stats["dead_frac"] == stats["dropped_frac"] == stats["bias_range"] == 0
+    assert stats["entropy_norm"] == pytest.approx(1, abs=1e-12)
+    assert stats["mass_entropy_norm"] == pytest.approx(1, abs=1e-12)
+    assert stats["effective_experts"] == pytest.approx(8)
+    assert stats["aux_loss"] == pytest.approx(1)  # top_k is 1 here
+
+
+def test_a_collapsed_load():
+    stats = watch_set(counts_of([[0.0, 0.0, 32.0, 0.0]]))
+    assert stats["load_cv"] == pytest.approx(math.sqrt(3))
+    assert (stats["max_load_ratio"], stats["min_load_ratio"]) == (4, 0)
+    assert stats["dead_frac"] == 0.75
+    assert stats["entropy_norm"] == pytest.approx(0)
+    assert stats["effective_experts"] == pytest.approx(1)
+    assert stats["aux_loss"] == pytest.approx(4)
+    assert stats["hottest_expert"] == 2
+
+
+def test_one_dead_expert():
+    stats = watch_set(counts_of([[10.0, 10.0, 0.0, 10.0]]))
+    assert stats["dead_frac"] == 0.25 and stats["coldest_expert"] == 2
+    assert stats["effective_experts"] == pytest.approx(3)
+    assert stats["entropy_norm"] == pytest.approx(math.log(3) / math.log(4))
+
+
+def test_load_and_mass_differ():
+    stats = watch_set(counts_of([[8.0, 8.0]], mass=[[15.0, 1.0]]))
+    assert stats["entropy_norm"] == pytest.approx(1)
+    p = 15 / 16
+    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+    assert stats["mass_entropy_norm"] == pytest.approx(entropy / math.log(2))
+
+
+def test_means_over_layers_and_the_worst_layer():
+    counts = counts_of([[4.0, 4.0], [7.0, 1.0], [5.0, 3.0]], confidence=4.0, log_z=16.0)
+    stats, layers = watch_set(counts), layer_stats(counts)
+    assert stats["worst_layer"] == 1
+    assert (stats["hottest_expert"], stats["coldest_expert"]) == (0, 1)
+    assert (stats["max_load_ratio"], stats["min_load_ratio"]) == (1.75, 0.25)
+    assert stats["load_cv"] == pytest.approx((0 + 0.75 + 0.25) / 3)
+    assert (stats["router_confidence"], stats["z_loss"]) == (0.5, 2.0)
+    assert layers["max_load_ratio"].tolist() == [1.0, 1.75, 1.25]
+
+
+def test_dropped_assignments():
+    counts = counts_of([[4.0, 4.0], [4.0, 2.0]], chosen=[[6.0, 4.0], [6.0, 2.0]], tokens=10)
+    assert layer_stats(counts)["dropped_frac"].tolist() == pytest.approx([0.2, 0.25])
+
+
+def test_the_range_of_the_bias_is_the_worst_layers():
+    bias = torch.tensor([[0.0, 0.1], [-0.2, 0.3]])
+    assert watch_set(counts_of([[1.0, 1.0]] * 2), bias)["bias_range"] == pytest.approx(0.5)
+
+
+def test_nothing_counted_gives_finite_numbers_and_no_drops():
+    stats = watch_set(counts_of([[0.0] * 4]))
+    assert all(math.isfinite(value) for value in stats.values())
+    assert stats["dropped_frac"] == 0
+
+
+def test_a_single_expert_is_always_even():
+    stats = watch_set(counts_of([[7.0]]))
+    assert (stats["entropy_norm"], stats["mass_entropy_norm"], stats["max_load_ratio"]) == (1, 1, 1)
