@@ -4,23 +4,18 @@ import os
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 
 from expertly.errors import ExpertlyError
+
+DEBUG = "--debug"  # taken out before typer sees it, so that every verb has it
 
 
 def main() -> None:
     """Run `expertly ARGS` and exit with the code of the error contract (docs/errors.md)."""
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
         code = _run(arguments)
-    except ExpertlyError as error:
-        if debug:
-            traceback.print_exc()
-        sys.stderr.write(f"expertly: {error}\n")
-        code = error.exit_code
+        sys.stdout.flush()  # a reader that left is noticed here, not in the interpreter's exit
     except KeyboardInterrupt:
         sys.stderr.write("expertly: stopped\n")
         code = 130
@@ -28,10 +23,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:  # noqa: BLE001  the contract: a bug is one line and a report
-        if debug:
+        if DEBUG in sys.argv:
             traceback.print_exc()
-        sys.stderr.write(f"expertly: {_bug(error)}\n")
-        code = 6
+        said = error if isinstance(error, ExpertlyError) else _bug(error)
+        sys.stderr.write(f"expertly: {said}\n")
+        code = said.exit_code
     sys.exit(code)
 
 
@@ -40,27 +36,35 @@ def _run(arguments: list[str]) -> int:
 
     from expertly.cli.app import app
 
+    command = typer.main.get_command(app)
     try:
-        result = app(arguments, standalone_mode=False)
+        # not app(), which turns Ctrl-C and a broken pipe into exits of its own
+        with command.make_context("expertly", arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return ended.exit_code
     except typer.Abort as error:
         raise KeyboardInterrupt from error
     except Exception as error:
         if not hasattr(error, "format_message"):  # all of typer's usage errors have it
             raise
         why = error.format_message().rstrip(".?")
-        fix = "see expertly --help"
-        raise ExpertlyError("E208", "command line", why, fix=fix) from error
-    return result if isinstance(result, int) else 0
+        path = getattr(getattr(error, "ctx", None), "command_path", "expertly")
+        raise ExpertlyError("E208", "command line", why, fix=f"see {path} --help") from error
+    return 0
 
 
 def _bug(error: Exception) -> ExpertlyError:
     """The E999 for an error nobody foresaw, with its traceback saved for a report."""
-    handle, name = tempfile.mkstemp(prefix="expertly-bug-", suffix=".txt")
-    os.close(handle)
-    Path(name).write_text(traceback.format_exc(), encoding="utf-8")
-    what = type(error).__name__
-    why = " ".join(str(error).split())[:200] or "no message"
-    return ExpertlyError("E999", what, why, fix=f"report it with the file {name}")
+    what, why = type(error).__name__, " ".join(str(error).split())[:200] or "no message"
+    try:
+        handle, name = tempfile.mkstemp(prefix="expertly-bug-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8") as report:
+            report.write(traceback.format_exc())
+        fix = f"report it with the file {name}"
+    except OSError:  # no room for a report either
+        fix = f"run it again with {DEBUG} and report what it prints"
+    return ExpertlyError("E999", what, why, fix=fix)
 
 
 if __name__ == "__main__":

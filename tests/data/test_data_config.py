@@ -27,3 +27,19 @@ def test_a_misspelt_key_of_a_source_is_refused(tmp_path):
     file.write_text("sources:\n- {path: stdlib, wieght: 1}\n")
     with pytest.raises(ExpertlyError, match=r"error\[E201\].*weight"):
         load(DataConfig, file)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [
+        ("sources", "[]"),
+        ("sequence_length", "1"),
+        ("vocab_size", "256"),
+        ("eval_fraction", "1.0"),
+        ("eval_fraction", "-0.1"),
+        ("eval_tokens", "1"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_by_name(leaf, value):
+    with pytest.raises(ExpertlyError, match=rf"error\[E202\] {leaf}.*must"):
+        load(DataConfig, None, ["sources=[{path: stdlib}]", f"{leaf}={value}"])

@@ -35,7 +35,7 @@ def examine() -> Examination:
         "float32": matmul_speed(torch.float32, device),
         "bfloat16": matmul_speed(torch.bfloat16, device),
     }
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    threads, cores = torch.get_num_threads(), _cores()
     return Examination(
         versions=versions("torch", "transformers", "safetensors", "tokenizers", "datasets"),
         device=f"{device} ({name})",
@@ -62,6 +62,12 @@ def findings(device: str, threads: int, cores: int, speeds: dict[str, float]) ->
     if threads > cores:
         found.append(f"{threads} threads share {cores} cores: set OMP_NUM_THREADS={cores}")
     return found
+
+
+def _cores() -> int:
+    """How many this process may use, which in a container is fewer than there are."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def matmul_speed(dtype: torch.dtype, device: str) -> float:

@@ -16,7 +16,6 @@ app = typer.Typer(
     name="expertly",
     help="The Mixture-of-Experts toolkit for the Hugging Face stack.",
     epilog="Start with: expertly demo. Errors show their traceback with --debug.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -21,7 +21,7 @@ def generate(
 ) -> None:
     """Continue a prompt.
 
-    Example: expertly generate runs/demo/moe/checkpoint-300 --prompt "def main("
+    Example: expertly generate runs/demo/moe/checkpoint-240 --prompt "def main("
     """
     from expertly.engine.generate import Sampling, generate_ids
     from expertly.models.loading import open_model

@@ -1,6 +1,7 @@
 """What several verbs share: the --json flag and how results are printed."""
 
 import json
+import math
 from typing import Annotated, Any
 
 import typer
@@ -9,8 +10,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def print_json(result: Any) -> None:
-    """A result for machines, on stdout."""
-    typer.echo(json.dumps(result, indent=2, default=str))
+    """A result for machines, on stdout; null for a number that JSON cannot say."""
+    typer.echo(json.dumps(_finite(result), indent=2, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: list[list[str]]) -> str:

@@ -1,5 +1,6 @@
 """What a user says about data: the sources and how they become rows."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -31,3 +32,16 @@ class DataConfig:
     eval_fraction: float = 0.05  # of the documents are held out, in whole percents
     eval_tokens: int = 65536  # at most, per domain and evaluation
     cache_dir: str = ""  # of token files; "": $XDG_CACHE_HOME/expertly/tokens
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        if not self.sources:
+            yield "sources", "must name at least one source"
+        if self.sequence_length < 2:
+            yield "sequence_length", "must be at least 2"
+        if self.vocab_size < 257:
+            yield "vocab_size", "must be at least 257: the bytes and the end of text"
+        if not 0 <= self.eval_fraction < 1:
+            yield "eval_fraction", "must be from 0 to below 1"
+        if self.eval_tokens < 2:
+            yield "eval_tokens", "must be at least 2"

@@ -19,7 +19,7 @@ def generate_ids(model: Any, prompt: list[int], sampling: Sampling) -> list[int]
     """Token ids that a transformers model puts after the prompt's, up to its end of text."""
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **_settings(sampling))
     return out[0, len(prompt) :].tolist()

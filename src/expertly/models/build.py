@@ -1,15 +1,25 @@
 """Build a model from sizes, with random weights: an MoE, its dense twin, or any dense class."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from expertly.errors import ExpertlyError, nearest
 from expertly.families import FAMILIES, dense_keys, sizes
 from expertly.models.experts import register_experts
 
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 ModelShape = PretrainedConfig  # what the floors above, which don't import transformers, call it
 
 # our word for a size -> the family's config key, where they differ from the config's own
@@ -25,23 +35,31 @@ def model_config(family: str, given: Mapping[str, Any]) -> PretrainedConfig:
     """
     if family not in CONFIG_MAPPING:
         raise ExpertlyError("E306", f"family {family!r}", "unknown", fix=nearest(family, FAMILIES))
-    keys = _translate(family, dict(given))
     known = AutoConfig.for_model(family).to_dict()
-    unknown = sorted(set(keys) - set(known) - {"head_dim", "num_experts"})
+    # the ids of the family's own tokenizer mean nothing to another
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    nothing = dict.fromkeys(name for name in ids if name in known)
+    keys = {**nothing, **_translate(family, dict(given))}
+    row = FAMILIES.get(family)
+    spellings = row.num_experts if row else ()  # an old and a new one, of which known has one
+    unknown = sorted(set(keys) - set(known) - {"head_dim", *spellings})
     if unknown:
         fix = nearest(unknown[0], known)
         raise ExpertlyError("E202", f"model.{unknown[0]}", f"{family} has no such size", fix=fix)
+    if "kv_lora_rank" in known:  # latent attention: a key per head, whatever the default says
+        heads = keys.get("num_attention_heads", known["num_attention_heads"])
+        keys.setdefault("num_key_value_heads", heads)
     try:
         config = AutoConfig.for_model(family, **keys)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         why = " ".join(str(error).split())
         raise ExpertlyError("E202", f"model.{family}", why, fix="correct this size") from error
-    if family in FAMILIES:
-        _check_top_k(config)
-        if "intermediate_size" not in {*keys, FAMILIES[family].expert_width}:
-            # of the dense layers, where a family has some: as wide as the others
-            moe = sizes(config.to_dict())
-            config.intermediate_size = moe.top_k * moe.expert_width + moe.shared_width
+    if row and "intermediate_size" not in {*keys, row.expert_width}:
+        # of the dense layers, where a family has some: as wide as the others
+        moe = sizes(config.to_dict())
+        config.intermediate_size = moe.top_k * moe.expert_width + moe.shared_width
+    for key, why in _problems(config.to_dict()):
+        raise ExpertlyError("E202", f"model.{key}", why, fix=f"correct {key}")
     return config
 
 
@@ -56,7 +74,7 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     keys = dense_keys(raw)
     known = AutoConfig.for_model(keys["model_type"]).to_dict()
     kept = {key: value for key, value in keys.items() if key in known and key != "model_type"}
-    for stale in ("architectures", "transformers_version", "head_dim" * ("head_dim" not in known)):
+    for stale in ("architectures", "transformers_version"):
         kept.pop(stale, None)
     return AutoConfig.for_model(keys["model_type"], **kept)
 
@@ -72,16 +90,43 @@ def _translate(family: str, given: dict[str, Any]) -> dict[str, Any]:
     if family not in FAMILIES:
         return given
     row = FAMILIES[family]
-    ours = (row.num_experts[0], row.top_k, row.expert_width, row.shared_experts)
-    for size, key in zip(_MOE_SIZES, ours, strict=True):
-        if key is not None and size in given:
-            given[key] = given.pop(size)
+    own = (row.num_experts[0], row.top_k, row.expert_width, row.shared_experts)
+    for size, key in zip(_MOE_SIZES, own, strict=True):
+        if key is None or size not in given:
+            continue
+        value = given.pop(size)
+        if given.setdefault(key, value) != value:
+            why = f"{value}, but {key} says {given[key]}, which is the same in {family}"
+            raise ExpertlyError("E202", f"model.{size}", why, fix=f"leave out {key}")
     return {**row.scratch, **given}
 
 
-def _check_top_k(config: PretrainedConfig) -> None:
-    moe = sizes(config.to_dict())
-    if not 1 <= moe.top_k <= moe.num_experts:
-        why = f"top_k is {moe.top_k}, but there are {moe.num_experts} experts"
-        fix = f"choose a top_k from 1 to {moe.num_experts}"
-        raise ExpertlyError("E202", "model.num_experts_per_tok", why, fix=fix)
+def _problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Sizes with which no model can be built, as (key, why)."""
+    least = "it must be at least 1"
+    if row := FAMILIES.get(config["model_type"]):
+        moe = sizes(config)
+        if not 1 <= moe.top_k <= moe.num_experts:
+            yield row.top_k, f"{moe.top_k}, but there are {moe.num_experts} experts"
+        if moe.expert_width < 1:
+            yield row.expert_width, f"{moe.expert_width}, but {least}"
+    for key in _POSITIVE:
+        if config.get(key) is not None and config[key] < 1:
+            yield key, f"{config[key]}, but {least}"
+    if config.get("hidden_act") not in (None, *ACT2FN):
+        yield "hidden_act", f"no activation is called {config['hidden_act']}"
+    yield from _head_problems(config)
+
+
+def _head_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    heads = config.get("num_attention_heads")
+    if not heads:
+        return
+    of_keys = config.get("num_key_value_heads") or heads
+    if "kv_lora_rank" in config and of_keys != heads:
+        yield "num_key_value_heads", f"{of_keys}, but latent attention has one per head: {heads}"
+    if heads % of_keys:
+        yield "num_key_value_heads", f"{of_keys} do not divide {heads} heads"
+    if not config.get("head_dim") and config["hidden_size"] % (2 * heads):
+        width = config["hidden_size"]
+        yield "num_attention_heads", f"{heads} heads of an even size do not fill {width}"

@@ -1,20 +1,16 @@
 """What is in a model folder, read from config.json and the safetensors headers alone."""
 
-import json
-import math
 import re
-import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from expertly.errors import ExpertlyError
 from expertly.families import family_of, sizes
-from expertly.folders import read_json, verify
+from expertly.folders import verify
+from expertly.models.files import TensorHeader, read_config, read_headers
 
-_HEADER_LIMIT = 100 * 1024 * 1024  # bytes, safetensors' own
 # the first pattern that a tensor's name matches says which part of the model it is
 _PARTS = (
     ("shared experts", r"\.shared_experts?[._]|\.shared_mlp\."),
@@ -26,19 +22,6 @@ _PARTS = (
     ("attention", r"attn|attention"),
     ("dense layers", r"\.mlp\.|\.feed_forward\."),
 )
-
-
-class TensorHeader(NamedTuple):
-    """One tensor as a safetensors header describes it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size: int  # bytes
-
-    @property
-    def parameters(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,42 +45,12 @@ class Inspection:
 def inspect_folder(folder: Path, *, hashes: bool = False) -> Inspection:
     """Read a model folder's config and headers; with `hashes` check every file's sha256 too.
 
-    Raises E305 when it is no model folder, E301 and E302 for damaged files.
+    Raises E305 when it is no model folder, E310 for pickled weights, E301 and E302 for damaged
+    files.
     """
-    if not (folder / "config.json").is_file():
-        fix = "name a Hugging Face model folder"
-        raise ExpertlyError("E305", str(folder), "no config.json in it", fix=fix)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     verified = verify(folder, hashes=hashes)
-    tensors = [t for file in sorted(folder.glob("*.safetensors")) for t in read_header(file)]
-    if not tensors:
-        raise ExpertlyError("E305", str(folder), "no tensors in it", fix="name a model folder")
-    return _summary(config, tensors, verified)
-
-
-def read_header(file: Path) -> Iterator[TensorHeader]:
-    """The tensors that a safetensors file holds. Raises E301 for a header that lies."""
-
-    def broken(why: str) -> ExpertlyError:
-        return ExpertlyError("E301", str(file), why, fix="copy the file again")
-
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length + 8 > min(size, _HEADER_LIMIT):
-            raise broken(f"header of {length} bytes in a file of {size}")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise broken("its header is not JSON") from error
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        first, last = entry["data_offsets"]
-        if not 0 <= first <= last <= size - 8 - length:
-            raise broken(f"{name} ends at byte {last} of {size - 8 - length}")
-        yield TensorHeader(name, entry["dtype"], tuple(entry["shape"]), last - first)
+    return _summary(config, read_headers(folder), verified)
 
 
 def part_of(name: str) -> str:
@@ -111,8 +64,9 @@ def _summary(config: Mapping[str, Any], tensors: list[TensorHeader], verified: b
         sizes_by[part_of(tensor.name)] += tensor.size
         counts_by[part_of(tensor.name)] += tensor.parameters
         dtypes[tensor.dtype] += tensor.parameters
-    moe = sizes(config) if family_of(config) else None
     routed = [t.name for t in tensors if part_of(t.name) == "experts"]
+    # a dense twin may be of an MoE's own class (DeepSeek-V3), and states experts it does not have
+    moe = sizes(config) if routed and family_of(config) else None
     idle = 1 - moe.top_k / moe.num_experts if moe else 0
     total = sum(counts_by.values())
     return Inspection(

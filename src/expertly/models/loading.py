@@ -1,11 +1,14 @@
 """Open and save a model folder: stock Hugging Face files, checked before they are believed."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,14 +16,33 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from expertly.errors import ExpertlyError
+from expertly.errors import ExpertlyError, nearest
 from expertly.families import FAMILIES, sizes
 from expertly.folders import read_json, verify, write_json
-from expertly.models.attach import Attachment
+from expertly.models.attach import Attachment, attached
 from expertly.models.experts import register_experts
+from expertly.models.files import check_experts, read_config, read_headers
 from expertly.models.policies import attach_saved, read_policy, stock_form, write_policy
+
+_log = logging.getLogger(__name__)
+
+# what transformers raises for a folder that is not as it expects; its own bugs among them
+_BAD_FOLDER = (
+    StrictDataclassError,
+    SafetensorError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    OSError,
+)
+
+_MAY_OVERFLOW = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # what the floors above, which don't import transformers, call its types
 Model = PreTrainedModel
@@ -55,44 +77,40 @@ def load_weights(
 ) -> PreTrainedModel:
     """The bare transformers model of a folder; a missing tensor is an error, never random."""
     config = open_config(folder)
-    _check_files(folder)
+    verified = _check_files(folder, config)
     kind = {}
     if config.model_type in FAMILIES:
-        kind["experts_implementation"] = experts_implementation or register_experts()
-    with _quiet():
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            **kind,
-        )
+        kind["experts_implementation"] = _experts(experts_implementation)
+    try:
+        with _quiet():
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, and by name
+                **kind,
+            )
+    except _BAD_FOLDER as error:
+        raise _cannot_open(folder, error) from error
     model, info = opened
-    lost = sorted(str(key) for key in info["missing_keys"])
-    if lost:
-        why = f"{len(lost)} tensors missing, first {lost[0]}"
-        raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
+    _check_loaded(folder, info)
+    if not verified:
+        _log.warning("%s: no manifest, contents unverified", folder)
+        _check_finite(folder, model)
     return model
 
 
 def open_config(folder: Path) -> PretrainedConfig:
-    """The folder's config, without running any code it brings. Raises E305, E202."""
-    if not (folder / "config.json").is_file():
-        why = "no config.json in it" if folder.is_dir() else "no such folder"
-        raise ExpertlyError("E305", str(folder), why, fix="name a Hugging Face model folder")
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") in FAMILIES:
-        moe = sizes(raw)
-        if moe.top_k > moe.num_experts:
-            why = f"top_k {moe.top_k} with {moe.num_experts} experts"
-            raise ExpertlyError("E305", str(folder / "config.json"), why, fix="correct config.json")
+    """The folder's config, without running any code it brings. Raises E305, E301."""
+    read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        why = " ".join(str(error).split())[:200]
-        fix = "open a folder that transformers knows"
-        raise ExpertlyError("E305", str(folder), why, fix=fix) from error
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except _BAD_FOLDER as error:
+        raise _cannot_open(folder, error) from error
 
 
 def save_model(
@@ -105,8 +123,10 @@ def save_model(
     """Fill a folder with stock files that any loader reads; wrap it in folders.save_folder.
 
     An attached policy goes into config.json where its keys can say it, and beside the weights
-    where they can't: then a stock loader computes another function.
+    where they can't: then a stock loader computes another function. attachment None: the one at
+    work on the model, if any.
     """
+    attachment = attachment or attached(model)
     with _quiet():
         model.save_pretrained(folder)
     if tokenizer is not None:
@@ -122,23 +142,68 @@ def save_model(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which end up in the middle of our own."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' progress bars, which end up in the middle of our own, and reports.
+
+    What a report says about missing tensors becomes an error of ours, in one line.
+    """
+    shown, level = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
 
-def _check_files(folder: Path) -> None:
-    """Weights are there, are safetensors, and agree with the manifest's sizes if there is one."""
-    verify(folder, hashes=False)
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-    if pickled:
-        fix = "convert it to safetensors in a sandbox"
-        raise ExpertlyError("E310", str(pickled[0]), "pickled weights can run code", fix=fix)
-    raise ExpertlyError("E305", str(folder), "no *.safetensors in it", fix="name a model folder")
+def _check_files(folder: Path, config: PretrainedConfig) -> bool:
+    """Whether a manifest agrees; headers are sound and every expert is there in any case."""
+    verified = verify(folder, hashes=False)
+    tensors = read_headers(folder)
+    if config.model_type in FAMILIES:
+        check_experts(folder, tensors, sizes(config.to_dict()).num_experts)
+    return verified
+
+
+def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
+    """Raises E301 when weights and config.json are not of the same model."""
+    wrong = {
+        "are missing": info["missing_keys"],
+        "have another shape than config.json says": info["mismatched_keys"],
+        "have no place in the model of config.json": info["unexpected_keys"],
+    }
+    for what, keys in wrong.items():
+        if keys:
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+            why = f"tensors {what}: {len(names)}, first {names[0]}"
+            raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    """Raises E301 for NaN or infinity in the weights."""
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype not in _MAY_OVERFLOW or tensor.numel() == 0:
+            continue
+        # one pass without a temporary; a NaN comes through it
+        if not all(end.isfinite() for end in tensor.aminmax()):
+            count = int((~tensor.isfinite()).sum())
+            why = f"{count} of {tensor.numel()} numbers in {name} are NaN or infinite"
+            raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
+
+
+def _experts(name: str | None) -> str:
+    """A name that transformers knows for its experts_implementation; E202 for any other."""
+    known = {register_experts(), "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()}
+    if name is not None and name not in known:
+        fix = nearest(name, known)
+        raise ExpertlyError("E202", "experts_implementation", f"{name!r} is unknown", fix=fix)
+    return name or register_experts()
+
+
+def _cannot_open(folder: Path, error: Exception) -> ExpertlyError:
+    why = " ".join(f"transformers cannot open it ({type(error).__name__}: {error}".split())[:250]
+    return ExpertlyError("E305", str(folder), f"{why})", fix="correct config.json")

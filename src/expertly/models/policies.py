@@ -1,13 +1,14 @@
 """A policy on disk: in stock config keys where they can say it, beside the weights where not."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,8 +17,11 @@ from expertly.errors import ExpertlyError
 from expertly.families import require_family, stock_keys
 from expertly.models.attach import Attachment, attach
 from expertly.moe.policy import NEEDS_BIAS, Policy
+from expertly.moe.routing import ROUTERS
 
 POLICY = Path("expertly") / "policy.safetensors"
+
+_BAD_FILE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class SavedPolicy(NamedTuple):
@@ -36,7 +40,8 @@ def stock_form(config: Mapping[str, Any], policy: Policy) -> dict[str, Any] | No
     plain = policy.at_inference()
     if plain.router in NEEDS_BIAS and row.bias is None:
         return None
-    return stock_keys(row, plain.router, plain.top_k, plain.options)
+    options = _in_full(plain, (*row.fixed, *row.options))
+    return stock_keys(row, plain.router, plain.top_k, options)
 
 
 def require_sayable(config: Mapping[str, Any], policy: Policy, *, allow_non_stock: bool) -> bool:
@@ -63,16 +68,23 @@ def write_policy(folder: Path, attachment: Attachment) -> None:
 
 
 def read_policy(folder: Path) -> SavedPolicy | None:
-    """The non-stock policy of a model folder, if it has one."""
+    """The non-stock policy of a model folder, if it has one. Raises E301 for a damaged file."""
     if not (folder / POLICY).is_file():
         return None
-    with safe_open(folder / POLICY, framework="pt") as file:
-        said = json.loads(file.metadata()["policy"])
-        names = sorted(n for n in file.keys() if n.startswith("bias."))  # noqa: SIM118
-        names.sort(key=lambda name: int(name.split(".")[1]))
-        bias = [file.get_tensor(name) for name in names]
-    known = {field.name for field in fields(Policy)}
-    return SavedPolicy(Policy(**{k: v for k, v in said.items() if k in known}), bias)
+    try:
+        with safe_open(folder / POLICY, framework="pt") as file:
+            said = json.loads(file.metadata()["policy"])
+            numbers = sorted(int(n[5:]) for n in file.keys() if n.startswith("bias."))  # noqa: SIM118
+            bias = [file.get_tensor(f"bias.{number}") for number in numbers]
+        known = {field.name for field in fields(Policy)}
+        policy = Policy(**{key: value for key, value in said.items() if key in known})
+        if type(policy.top_k) is not int or not isinstance(policy.options, dict):
+            raise ValueError("a value of the wrong type")
+    except _BAD_FILE as error:
+        why = f"is not a policy ({error!r})"[:200]
+        fix = "copy the folder again"
+        raise ExpertlyError("E301", str(folder / POLICY), why, fix=fix) from error
+    return SavedPolicy(policy, bias)
 
 
 def attach_saved(model: PreTrainedModel, saved: SavedPolicy) -> Attachment:
@@ -83,7 +95,30 @@ def attach_saved(model: PreTrainedModel, saved: SavedPolicy) -> Attachment:
 
 
 def fill_bias(attachment: Attachment, saved: SavedPolicy) -> None:
-    """Copy the saved biases into the attached ones, for as far as both have them."""
-    for target, bias in zip(attachment.bias, saved.bias, strict=False):
-        if target is not None:
-            target.copy_(bias)
+    """Copy the saved biases into the attached ones, where both rules have them.
+
+    Raises E301 when they are of another model.
+    """
+    targets = [bias for bias in attachment.bias if bias is not None]
+    if not targets or not saved.bias:
+        return
+    if [bias.shape for bias in saved.bias] != [bias.shape for bias in targets]:
+        why = "its biases do not fit the model's experts"
+        raise ExpertlyError("E301", str(POLICY), why, fix="copy the folder again")
+    for target, bias in zip(targets, saved.bias, strict=True):
+        target.copy_(bias)
+
+
+def _in_full(policy: Policy, sayable: Collection[str]) -> dict[str, Any]:
+    """The policy's options with the rule's defaults, which a config may contradict.
+
+    A default that the family's keys have no word for needs none.
+    """
+    parameters = signature(ROUTERS[policy.router].route).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    full = {**{name: defaults[name] for name in sayable if name in defaults}, **policy.options}
+    return {
+        name: value
+        for name, value in full.items()
+        if name in sayable or name not in defaults or value != defaults[name]
+    }

@@ -17,9 +17,16 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises E307 when there is none or it has no end-of-text token."""
     path = Path(folder)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        why = "no tokenizer in it" if path.is_dir() else "no such folder"
         fix = "name a folder with tokenizer.json, or leave it out to train one on the data"
-        raise ExpertlyError("E307", str(path), "no tokenizer in it", fix=fix)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        raise ExpertlyError("E307", str(path), why, fix=fix)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers, in Rust, raises nothing narrower
+        why = " ".join(f"cannot be read ({error}".split())[:200] + ")"
+        raise ExpertlyError("E307", str(path), why, fix="copy the tokenizer again") from error
     if tokenizer.eos_token_id is None:
         fix = "set eos_token in its tokenizer_config.json"
         raise ExpertlyError("E307", str(path), "it has no end-of-text token", fix=fix)
@@ -70,5 +77,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A prompt's ids; an empty one begins where documents do, after an end-of-text token."""
-    return encode_batch(tokenizer, [prompt])[0] or [tokenizer.eos_token_id]
+    """A prompt's ids, with the special tokens that the tokenizer itself puts before a text.
+
+    An empty one begins where documents do, after an end-of-text token.
+    """
+    return tokenizer(prompt, verbose=False)["input_ids"] or [tokenizer.eos_token_id]

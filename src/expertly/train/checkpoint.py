@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
 
+from expertly.errors import ExpertlyError
 from expertly.folders import read_json, save_folder, verify, write_json
-from expertly.models.attach import Attachment
-from expertly.models.loading import Model, Tokenizer, save_model
+from expertly.models.loading import Model, save_model
+from expertly.train.proof import Proof
+from expertly.train.setup import Job
 
 STATE = "expertly"  # the folder of our own state inside a checkpoint
 
@@ -25,22 +27,18 @@ class Progress(NamedTuple):
     data: dict[str, Any]  # the batches' position
 
 
-def save_checkpoint(
-    run: Path,
-    model: Model,
-    tokenizer: Tokenizer,
-    attachment: Attachment | None,
-    optimizer: AdamW,
-    progress: Progress,
-) -> Path:
+def save_checkpoint(run: Path, job: Job, proof: Proof, progress: Progress) -> Path:
     """Write RUN/checkpoint-N, whole or not at all. Raises E401 when the disk refuses."""
 
     def write(folder: Path) -> None:
-        save_model(model, folder, tokenizer=tokenizer, attachment=attachment)
-        (folder / STATE).mkdir(exist_ok=True)
-        save_file(_moments(model, optimizer), folder / STATE / "optimizer.safetensors")
-        save_file(_steering(attachment), folder / STATE / "steering.safetensors")
-        write_json(folder / STATE / "progress.json", progress._asdict())
+        save_model(job.model, folder, tokenizer=job.tokenizer, attachment=job.attachment)
+        state = folder / STATE
+        state.mkdir(exist_ok=True)
+        save_file(_moments(job.model, job.optimizer), state / "optimizer.safetensors")
+        save_file(_random_states(), state / "random.safetensors")
+        if kept := proof.state():
+            save_file(kept, state / "proof.safetensors")
+        write_json(state / "progress.json", progress._asdict())
 
     return save_folder(run / f"checkpoint-{progress.step}", write)
 
@@ -54,8 +52,15 @@ def latest_checkpoint(run: Path) -> Path | None:
 def verified_checkpoint(run: Path) -> Path | None:
     """The latest checkpoint, every sha256 checked; None before the first. Raises E301, E302."""
     checkpoint = latest_checkpoint(run)
-    if checkpoint is not None:
-        verify(checkpoint)
+    if checkpoint is None:
+        return None
+    fix = f"delete {checkpoint} to resume from the one before it"
+    try:
+        whole = verify(checkpoint)
+    except ExpertlyError as error:
+        raise ExpertlyError(error.code, error.what, error.why, fix=fix) from error
+    if not whole:
+        raise ExpertlyError("E301", str(checkpoint), "its MANIFEST.json is missing", fix=fix)
     return checkpoint
 
 
@@ -64,26 +69,22 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**read_json(checkpoint / STATE / "progress.json"))
 
 
-def restore(
-    checkpoint: Path, model: Model, attachment: Attachment | None, optimizer: AdamW
-) -> None:
-    """Put optimizer moments, biases and random states back; the weights are the model's."""
-    moments = load_file(checkpoint / STATE / "optimizer.safetensors")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            optimizer.state[parameter] = {
-                key: moments[f"{key}.{name}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    steering = load_file(checkpoint / STATE / "steering.safetensors")
-    for index, bias in enumerate(attachment.bias if attachment else []):
-        if bias is not None:
-            bias.copy_(steering[f"bias.{index}"])
-    torch.set_rng_state(steering["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in steering:
-        torch.cuda.set_rng_state(steering["rng.cuda"])
+def restore(checkpoint: Path, job: Job, proof: Proof) -> None:
+    """Put optimizer moments, proof and random states back.
+
+    Weights and biases are there already: the model and its policy were opened from this folder.
+    """
+    parameters = dict(job.model.named_parameters())
+    for entry, value in load_file(checkpoint / STATE / "optimizer.safetensors").items():
+        key, name = entry.split(".", 1)
+        parameter = parameters[name]
+        job.optimizer.state[parameter][key] = value.to(parameter.device)
+    if job.attachment is not None:
+        proof.restore(load_file(checkpoint / STATE / "proof.safetensors"))
+    states = load_file(checkpoint / STATE / "random.safetensors")
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _name(path: Path) -> re.Match[str] | None:
@@ -99,11 +100,8 @@ def _moments(model: Model, optimizer: AdamW) -> dict[str, Tensor]:
     }
 
 
-def _steering(attachment: Attachment | None) -> dict[str, Tensor]:
-    """Small tensors that steer a step: the routers' biases and the random states."""
-    biases = attachment.bias if attachment else []
-    steering = {f"bias.{i}": b.cpu().clone() for i, b in enumerate(biases) if b is not None}
-    steering["rng.cpu"] = torch.get_rng_state()
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        steering["rng.cuda"] = torch.cuda.get_rng_state()
-    return steering
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

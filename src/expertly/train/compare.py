@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from expertly.errors import ExpertlyError
 from expertly.train.log import METRICS, read_records
 
@@ -61,6 +63,8 @@ def compare(a: Path, b: Path, *, loss: float | None = None) -> tuple[Curve, Curv
     Raises E301 for a folder without evaluations, E102 when neither run reaches `loss`.
     """
     first, second = read_curve(a), read_curve(b)
+    if first.name == second.name:
+        first, second = first._replace(name=str(a)), second._replace(name=str(b))
     goals = [second.losses[-1], first.losses[-1]] if loss is None else [loss]
     races = [
         Race(loss=goal, a=reached(first, goal), b=reached(second, goal))
@@ -113,15 +117,16 @@ def chart(curves: list[Curve], *, width: int = 72, height: int = 16) -> str:
     low = min(min(curve.losses) for curve in curves)
     high = max(at(curve, end / 10) for curve in curves)
     rows = [[" "] * width for _ in range(height)]
-    for mark, curve in reversed(list(zip("●○◆◇", curves, strict=False))):
+    marked = list(zip("●○◆◇", curves, strict=False))
+    for mark, curve in reversed(marked):
         for column in range(width):
             second = end * column / (width - 1)
             loss = at(curve, second)
-            if second <= curve.seconds[-1] and loss <= high:
+            if curve.seconds[0] <= second <= curve.seconds[-1] and loss <= high:
                 row = round((high - loss) / max(high - low, 1e-9) * (height - 1))
                 rows[row][column] = mark
     lines = [f"{_tick(i, height, low, high)}┤{''.join(row)}" for i, row in enumerate(rows)]
-    names = "   ".join(f"{mark} {curve.name}" for mark, curve in zip("●○◆◇", curves, strict=False))
+    names = "   ".join(f"{mark} {curve.name}" for mark, curve in marked)
     axis = f"{'0':<{width // 2}}{f'{end:.0f} s of training':>{width - width // 2}}"
     return "\n".join(
         [f"       held-out loss   {names}", *lines, f"       └{'─' * width}", f"        {axis}"]
@@ -129,13 +134,8 @@ def chart(curves: list[Curve], *, width: int = 72, height: int = 16) -> str:
 
 
 def at(curve: Curve, second: float) -> float:
-    """The curve's loss at a moment, interpolated; its last one after its end."""
-    for i in range(1, len(curve.seconds)):
-        if second <= curve.seconds[i]:
-            length = max(curve.seconds[i] - curve.seconds[i - 1], 1e-9)
-            part = (second - curve.seconds[i - 1]) / length
-            return curve.losses[i - 1] + part * (curve.losses[i] - curve.losses[i - 1])
-    return curve.losses[-1]
+    """The curve's loss at a moment, interpolated; beyond its ends the loss there."""
+    return float(np.interp(second, curve.seconds, curve.losses))
 
 
 def _tick(row: int, height: int, low: float, high: float) -> str:

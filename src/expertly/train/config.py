@@ -33,8 +33,18 @@ class ModelConfig:
             yield "family", "give either model.path or model.family with sizes"
         if self.twin and self.path:
             yield "twin", "a twin is built from a family's sizes, not from model.path"
+        if self.path:
+            yield from ((size, "model.path fixes the sizes") for size in self.sizes())
+        if self.path and self.extra:
+            yield "extra", "model.path fixes the family's config"
         if not 0 <= self.expert_dropout < 1:
             yield "expert_dropout", "must be from 0 to below 1"
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that were given."""
+        others = ("path", "family", "twin", "extra", "expert_dropout")
+        named = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: v for k, v in named.items() if v is not None and k not in others}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +94,14 @@ class OptimConfig:
             yield "learning_rate", "must be above 0"
         if self.router_learning_rate is not None and self.router_learning_rate < 0:
             yield "router_learning_rate", "must not be negative; 0 freezes the router"
+        for leaf in ("weight_decay", "max_grad_norm"):
+            if getattr(self, leaf) < 0:
+                yield leaf, "must not be negative"
+        for leaf in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, leaf) < 1:
+                yield leaf, "must be from 0 to below 1"
+        if self.adam_epsilon <= 0:
+            yield "adam_epsilon", "must be above 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +126,8 @@ class ScheduleConfig:
         for leaf in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, leaf) <= 1:
                 yield leaf, "must be from 0 to 1"
+        if self.lr_scheduler_type == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            yield "decay_ratio", "warm-up and decay together are longer than the run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +171,10 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        if not self.output_dir:
+            yield "output_dir", "must name a folder"
+        if not 0 <= self.seed < 2**63:
+            yield "seed", "must be from 0 to below 2^63"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from expertly.data.batches import Batch
-from expertly.train.step import MicroBatch, cross_entropy
+from expertly.train.step import MicroBatch, cross_entropy, forward
 
 
 class HeldOut(NamedTuple):
@@ -36,7 +36,7 @@ def evaluate(
     for batch in batches:
         micro = to_micro(batch, device)
         with autocast:
-            logits = model(micro.input_ids, attention_mask=micro.attention_mask).logits
+            logits = forward(model, micro)
         labels = (micro.labels() != -100).sum()
         loss = cross_entropy(logits, micro)
         sums[int(batch.domains[0])] += torch.stack([loss.double(), labels.double()]).cpu()

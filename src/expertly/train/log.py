@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from expertly.errors import ExpertlyError
+from expertly.folders import disk_error, save_file
 
 METRICS, ROUTER = "metrics.jsonl", "router.jsonl"
 
@@ -17,13 +18,16 @@ METRICS, ROUTER = "metrics.jsonl", "router.jsonl"
 class RunLog:
     """Writes a run's records and shows its progress on stderr; close it at the end.
 
-    tensorboard: also write scalars for it into RUN/tensorboard. Raises E207 when it is missing.
+    tensorboard: also write scalars for it into RUN/tensorboard; those after the step `at`, which a
+    stopped run left there, are taken back. Raises E207 when the package is missing.
     """
 
-    def __init__(self, run: Path, *, max_steps: int, tensorboard: bool = False):
+    def __init__(self, run: Path, *, max_steps: int, at: int = 0, tensorboard: bool = False):
         self._run = run
         self._console = Console(stderr=True, highlight=False)
-        self._board = _open_board(run) if tensorboard else None
+        self._board: Any = None
+        if tensorboard:
+            self._board = board_writer()(str(run / "tensorboard"), purge_step=at + 1 if at else 0)
         self._max_steps = max_steps
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -33,7 +37,7 @@ class RunLog:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task: TaskID = self._progress.add_task("", total=max_steps)
+        self._task: TaskID = self._progress.add_task("", total=max_steps, completed=at)
         self._progress.start()
 
     def say(self, line: str) -> None:
@@ -65,28 +69,41 @@ class RunLog:
 
 
 def append_json(file: Path, record: dict[str, Any]) -> None:
-    """Append one record as a line."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    """Append one record as a line. Raises E401 when the disk refuses."""
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(_line(record))
+    except OSError as error:
+        raise disk_error(file, error) from error
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; none when it is missing. A torn last line is left out."""
+    """The records of a JSONL file; none when it is missing. A torn last line is left out.
+
+    Raises E301 for any other line that is not JSON.
+    """
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    whole = file.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        fix = "take the lines out that are not JSON"
+        raise ExpertlyError("E301", str(file), f"is damaged ({error})", fix=fix) from error
+
+
+def last_health(run: Path) -> dict[str, Any] | None:
+    """The watch set that a run wrote down last; None before the first and for a dense model."""
+    watched = [record["moe"] for record in read_records(run / METRICS) if "moe" in record]
+    return watched[-1] if watched else None
 
 
 def forget_after(run: Path, step: int) -> None:
     """Take back what a run wrote down after the checkpoint that it resumes from."""
-    for name in (METRICS, ROUTER):
-        kept = [record for record in read_records(run / name) if record["step"] <= step]
-        if not (run / name).exists():
-            continue
-        fresh = run / f".{name}.tmp"
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        fresh.replace(run / name)
+    for file in (run / METRICS, run / ROUTER):
+        if file.exists():
+            kept = [record for record in read_records(file) if record["step"] <= step]
+            save_file(file, "".join(map(_line, kept)))
 
 
 def say_to_stderr(line: str) -> None:
@@ -94,14 +111,19 @@ def say_to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _open_board(run: Path) -> Any:
+def board_writer() -> Any:
+    """TensorBoard's SummaryWriter. Raises E207 when the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         fix = "pip install 'expertly[tensorboard]'"
         why = "the package is not installed"
         raise ExpertlyError("E207", "tensorboard", why, fix=fix) from error
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

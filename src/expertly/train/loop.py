@@ -10,8 +10,10 @@ from expertly.config import differences, dump, load
 from expertly.errors import ExpertlyError
 from expertly.folders import save_file
 from expertly.moe.balance import update_bias
+from expertly.receipts import require
 from expertly.train.checkpoint import (
     Progress,
+    latest_checkpoint,
     read_progress,
     restore,
     save_checkpoint,
@@ -19,7 +21,14 @@ from expertly.train.checkpoint import (
 )
 from expertly.train.config import TrainConfig
 from expertly.train.evaluate import HeldOut, evaluate, to_micro
-from expertly.train.log import RunLog, forget_after, say_to_stderr
+from expertly.train.log import (
+    METRICS,
+    RunLog,
+    board_writer,
+    forget_after,
+    last_health,
+    say_to_stderr,
+)
 from expertly.train.optimizer import clip, set_learning_rate
 from expertly.train.proof import Proof, write_receipt
 from expertly.train.schedule import lr_factor
@@ -29,7 +38,7 @@ from expertly.watch.recorder import Recorder
 from expertly.watch.stats import LayerCounts, watch_set
 
 CONFIG = "config.yaml"
-# sections that may change between a run and its resumption
+# what may change between a run and its resumption
 _FREE = ("log.", "output_dir:", "device:")
 
 
@@ -61,27 +70,38 @@ def run(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     """Train, and return how it ended; everything lies in config.output_dir.
 
     Raises E205 for a folder in the way or nothing to resume, E206 for a changed config, E501 when
-    the loss is no longer a number, and what reading config, data and model can raise.
+    the loss is no longer a number, E101 when the receipt says no, and what reading config, data
+    and model can raise.
     """
     folder = Path(config.output_dir)
-    checkpoint = open_run(folder, config, resume=resume)
+    checkpoint = find_start(folder, config, resume=resume)
+    board = "tensorboard" in config.log.report_to
+    if board:
+        board_writer()  # a missing package is found now, not after the data was read
     job = prepare(config, checkpoint, say_to_stderr)
+    proof = Proof(job.attachment)
     at = Progress(step=0, tokens=0, seconds=0.0, data=job.batches.state())
     if checkpoint is not None:
         at = read_progress(checkpoint)
         job.batches.restore(at.data)
-        restore(checkpoint, job.model, job.attachment, job.optimizer)
+        restore(checkpoint, job, proof)
+    # only now, so that a config that had to be corrected finds the folder free
+    save_file(folder / CONFIG, dump(config))
     forget_after(folder, at.step if checkpoint else -1)
-    board = "tensorboard" in config.log.report_to
-    log = RunLog(folder, max_steps=config.schedule.max_steps, tensorboard=board)
+    log = RunLog(folder, max_steps=config.schedule.max_steps, at=at.step, tensorboard=board)
     try:
-        return _loop(config, job, at, log)
+        result = _loop(config, job, at, log, proof)
+        receipt = write_receipt(
+            folder, result.checkpoint, config, job, proof, HeldOut(result.loss, result.domains)
+        )
     finally:
         log.close()
+    require(receipt)
+    return result
 
 
-def open_run(folder: Path, config: TrainConfig, *, resume: bool) -> Path | None:
-    """Make the run folder, or find the checkpoint to go on from; never touch another run.
+def find_start(folder: Path, config: TrainConfig, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. Nothing is written yet.
 
     A run that was stopped before its first checkpoint starts again from the beginning.
     """
@@ -92,21 +112,19 @@ def open_run(folder: Path, config: TrainConfig, *, resume: bool) -> Path | None:
     if resume:
         _refuse_changes(folder, config)
         return verified_checkpoint(folder)
-    if there:
+    if there or (folder / METRICS).exists() or latest_checkpoint(folder):
         fix = "add --resume to go on with it, or name another output_dir"
         raise ExpertlyError("E205", str(folder), "holds a run already", fix=fix)
-    save_file(folder / CONFIG, dump(config))
     return None
 
 
-def _loop(config: TrainConfig, job: Job, at: Progress, log: RunLog) -> TrainResult:
+def _loop(config: TrainConfig, job: Job, at: Progress, log: RunLog, proof: Proof) -> TrainResult:
     """Step; once in a while report, evaluate and save."""
     last, run_folder = config.schedule.max_steps, Path(config.output_dir)
     recorder = Recorder(job.attachment.rule) if job.attachment else None
-    proof = Proof(job.attachment)
     window = at
-    held_out = _evaluate(job, log, at) if at.step in (0, last) else None
-    checkpoint, health = run_folder / f"checkpoint-{at.step}", None
+    held_out = _evaluate(job, log, at) if at.step == 0 else None
+    checkpoint, health = run_folder / f"checkpoint-{at.step}", last_health(run_folder)
     while at.step < last:
         started = time.perf_counter()
         done = train_step(config, job, recorder, at.step)
@@ -127,12 +145,10 @@ def _loop(config: TrainConfig, job: Job, at: Progress, log: RunLog) -> TrainResu
         if _due(at.step, config.eval.eval_steps, last):
             held_out = _evaluate(job, log, at)
         if _due(at.step, config.log.save_steps, last):
-            checkpoint = save_checkpoint(
-                run_folder, job.model, job.tokenizer, job.attachment, job.optimizer, at
-            )
+            checkpoint = save_checkpoint(run_folder, job, proof, at)
             log.say(f"saved step {at.step}: {checkpoint}")
-    assert held_out is not None
-    write_receipt(run_folder, checkpoint, config, job, proof, held_out)
+    if held_out is None:  # it was done already, and has written this evaluation down
+        held_out = evaluate(job.model, job.held_out, job.domains, job.autocast)
     return TrainResult(
         run=run_folder,
         checkpoint=checkpoint,
@@ -157,7 +173,7 @@ def train_step(config: TrainConfig, job: Job, recorder: Recorder | None, step: i
     norm = clip(job.model, config.optim.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         why = f"loss {loss}, gradient norm {norm} at step {step + 1}; no update was made"
-        fix = "lower optim.learning_rate and resume from the last checkpoint"
+        fix = "start a new run with a lower optim.learning_rate"
         raise ExpertlyError("E501", config.output_dir, why, fix=fix)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)

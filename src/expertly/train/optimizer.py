@@ -8,26 +8,28 @@ from expertly.train.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, routers: list[nn.Module], optim: OptimConfig) -> AdamW:
-    """One group for matrices, one for norms and biases, one for routers; each with its `base_lr`.
+    """Groups by what a parameter belongs to and whether it decays, each with its `base_lr`.
 
     A router learning rate of 0 freezes the routers.
     """
     router_rate = optim.router_learning_rate
-    router_rate = optim.learning_rate if router_rate is None else router_rate
+    rates = {"rest": optim.learning_rate, "router": optim.learning_rate}
+    if router_rate is not None:
+        rates["router"] = router_rate
     of_routers = {id(p) for router in routers for p in router.parameters()}
-    if router_rate == 0:
+    if rates["router"] == 0:
         for router in routers:
             router.requires_grad_(False)
-    rest = [p for p in model.parameters() if id(p) not in of_routers and p.requires_grad]
-    gates = [p for router in routers for p in router.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "lr": optim.learning_rate},
-        {"params": [p for p in rest if p.dim() < 2], "lr": optim.learning_rate, "weight_decay": 0},
-        {"params": [p for p in gates if p.dim() >= 2], "lr": router_rate},
-        {"params": [p for p in gates if p.dim() < 2], "lr": router_rate, "weight_decay": 0},
-    ]
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "router" if id(parameter) in of_routers else "rest"
+            groups.setdefault((part, _decays(name, parameter)), []).append(parameter)
     optimizer = AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": group, "lr": rates[part]} | ({} if decays else {"weight_decay": 0.0})
+            for (part, decays), group in groups.items()
+        ],
         betas=(optim.adam_beta1, optim.adam_beta2),
         eps=optim.adam_epsilon,
         weight_decay=optim.weight_decay,
@@ -36,6 +38,11 @@ def build_optimizer(model: nn.Module, routers: list[nn.Module], optim: OptimConf
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices do; norms and biases don't, nor do biases of stacked experts, which have 2 axes."""
+    return parameter.dim() >= 2 and not name.endswith("bias")
 
 
 def set_learning_rate(optimizer: AdamW, factor: float) -> None:

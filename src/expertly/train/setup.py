@@ -29,7 +29,7 @@ from expertly.models.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from expertly.moe.policy import Policy, check_policy
+from expertly.moe.policy import NEEDS_BIAS, Policy, check_policy
 from expertly.train.config import ModelConfig, RouterConfig, TrainConfig
 from expertly.train.optimizer import build_optimizer
 
@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     folder = checkpoint or (Path(config.model.path) if config.model.path else None)
     raw = (open_config(folder) if folder else _config(config.model, {})).to_dict()
     saved = read_policy(folder) if folder else None
-    policy = policy_of(raw, config.router, saved) if _routes(raw, config.model) else None
+    policy = policy_of(raw, config.router, saved) if _routes(raw) else None
     device = torch.device(pick_device(config.device))
     tokenizer = _tokenizer(config.data, folder, say)
     sets = tokenize(config.data, tokenizer, say)
@@ -98,13 +98,16 @@ def policy_of(raw: dict[str, Any], router: RouterConfig, saved: SavedPolicy | No
         fill=router.fill,
     )
     check_policy(policy, sizes(raw).num_experts)
+    if router.bias_update_rate and name not in NEEDS_BIAS:
+        fix = f"set router.bias_update_rate=0, or router.router={NEEDS_BIAS[0]}"
+        raise ExpertlyError("E204", f"router {name}", "has no bias to update", fix=fix)
     require_sayable(raw, policy, allow_non_stock=router.allow_non_stock)
     return policy
 
 
-def _routes(raw: dict[str, Any], model: ModelConfig) -> bool:
-    """Whether there is a router in it: a twin may be of an MoE's own class (DeepSeek-V3)."""
-    return family_of(raw) is not None and not model.twin
+def _routes(raw: dict[str, Any]) -> bool:
+    """Whether there is a router in it: DeepSeek-V3's twin is its own class, all layers dense."""
+    return family_of(raw) is not None and sizes(raw).first_dense < raw["num_hidden_layers"]
 
 
 def pick_device(asked: str) -> str:
@@ -153,19 +156,15 @@ def _now_and_then(say: Say, every: float = 10.0) -> Callable[[str, int, int], No
 
 def _config(model: ModelConfig, ids: dict[str, Any]) -> ModelShape:
     """The transformers config of a model from scratch; the twin's where that is asked for."""
-    named = {
-        size: getattr(model, size)
-        for size in ModelConfig.__dataclass_fields__
-        if size not in ("path", "family", "twin", "extra", "expert_dropout")
-    }
-    given = {size: value for size, value in named.items() if value is not None}
-    config = model_config(model.family, {**given, **model.extra, **ids})
+    config = model_config(model.family, {**ids, **model.sizes(), **model.extra})
     return twin_config(config) if model.twin else config
 
 
 def _model(config: TrainConfig, folder: Path | None, tokenizer: Tokenizer) -> Model:
     if folder is not None:
-        return load_weights(folder, dtype=torch.float32)
+        model = load_weights(folder, dtype=torch.float32)
+        _require_vocabulary(model.config, tokenizer)
+        return model
     ids = {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -173,7 +172,17 @@ def _model(config: TrainConfig, folder: Path | None, tokenizer: Tokenizer) -> Mo
         "pad_token_id": None,
         "max_position_embeddings": max(2048, config.data.sequence_length),
     }
-    return build_model(_config(config.model, ids))
+    shape = _config(config.model, ids)
+    _require_vocabulary(shape, tokenizer)
+    return build_model(shape)
+
+
+def _require_vocabulary(shape: ModelShape, tokenizer: Tokenizer) -> None:
+    """Raises E202 when the tokenizer makes ids that the model has no embedding for."""
+    if len(tokenizer) > shape.vocab_size:
+        why = f"it has {len(tokenizer)} tokens, the model only {shape.vocab_size}"
+        fix = "use the model's own tokenizer, or a larger vocab_size"
+        raise ExpertlyError("E202", "tokenizer", why, fix=fix)
 
 
 def _tokenizer(data: DataConfig, folder: Path | None, say: Say) -> Tokenizer:
@@ -187,7 +196,12 @@ def _tokenizer(data: DataConfig, folder: Path | None, say: Say) -> Tokenizer:
         say(f"tokenizer: training a byte-level BPE of {data.vocab_size:,} tokens")
         texts = training_sample(sources, _TOKENIZER_BYTES, data.eval_fraction)
         trained = train_tokenizer(texts, data.vocab_size)
-        save_folder(kept, lambda folder: save_tokenizer(trained, folder))
+        try:
+            save_folder(kept, lambda folder: save_tokenizer(trained, folder))
+        except ExpertlyError:
+            # another run, perhaps the twin, was faster with the same one
+            if not kept.is_dir():
+                raise
     return open_tokenizer(kept)
 
 

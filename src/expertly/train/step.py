@@ -38,10 +38,11 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor | None = None  # (batch, seq); None: no padding
 
     def labels(self) -> Tensor:
-        """The next token at each position, -100 where it is padding or beyond the row."""
+        """The next token at each position, -100 where either is padding or at the row's end."""
         labels = self.input_ids.roll(-1, dims=1)
         if self.attention_mask is not None:
-            labels = labels.where(self.attention_mask.roll(-1, dims=1).bool(), -100)
+            mask = self.attention_mask.bool()
+            labels = labels.where(mask & mask.roll(-1, dims=1), -100)
         labels[:, -1] = -100
         return labels
 
@@ -101,7 +102,7 @@ def accumulate(
     losses = torch.zeros(4)
     for micro in micro_batches:
         with autocast:
-            logits = model(micro.input_ids, attention_mask=micro.attention_mask).logits
+            logits = forward(model, micro)
         terms = [cross_entropy(logits, micro) / batch.labels]
         if attachment is not None:
             tokens, decisions = attachment.tokens, attachment.decisions
@@ -129,13 +130,13 @@ def _measure(
     split = len(micro_batches) > 1 and router.router_aux_loss_coef > 0
     if attachment is None or not (split and router.exact and router.scope == "global"):
         return Batch(totals, labels, None)
-    sums = [torch.zeros(())] * len(attachment.layers)
+    sums: list[Tensor] = []
     for micro in micro_batches:
         with torch.no_grad(), autocast:
-            model(micro.input_ids, attention_mask=micro.attention_mask)
+            forward(model, micro)
         assert attachment.tokens is not None
         here = _counts(attachment.decisions, attachment.tokens)
-        sums = [a.to(b.device) + b for a, b in zip(sums, here, strict=True)]
+        sums = [a + b for a, b in zip(sums, here, strict=True)] if sums else here
     return Batch(totals, labels, [counts / totals.tokens for counts in sums])
 
 
@@ -178,6 +179,11 @@ def _router_terms(
         z.append(z_loss(chosen.logits, tokens.valid, totals))
     nothing = [aux[0].new_zeros(())]
     return [torch.stack(terms or nothing).mean() for terms in (aux, sequence_aux, z)]
+
+
+def forward(model: nn.Module, micro: MicroBatch) -> Tensor:
+    """The logits (batch, seq, vocab); without the cache that every model fills by default."""
+    return model(micro.input_ids, attention_mask=micro.attention_mask, use_cache=False).logits
 
 
 def cross_entropy(logits: Tensor, micro: MicroBatch) -> Tensor:

@@ -1,0 +1,126 @@
+"""Building from sizes: translation, refusals, and a twin that computes as much per token."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from expertly.errors import ExpertlyError
+from expertly.families import sizes
+from expertly.models.build import build_model, model_config, twin_config
+from expertly.models.layers import moe_layers
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+CLASSES = {
+    "mixtral": ("MixtralForCausalLM", "MistralForCausalLM"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3ForCausalLM"),
+    "olmoe": ("OlmoeForCausalLM", "Olmo2ForCausalLM"),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_words_become_the_familys(family, tiny_sizes):
+    given = tiny_sizes(family, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
+    config = model_config(family, given)
+    moe = sizes(config.to_dict())
+    assert (moe.num_experts, moe.top_k, moe.expert_width) == (6, 3, 24)
+    assert moe.shared_width == (24 if family == "deepseek_v3" else 0)
+    model = build_model(config)
+    assert type(model).__name__ == CLASSES[family][0]
+    for layer in moe_layers(model):
+        assert layer.experts.down_proj.shape == (6, 32, 24)
+        assert layer.router.weight.shape == (6, 32)
+    assert given == tiny_sizes(
+        family, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24
+    ), "the caller's sizes were changed"
+
+
+def test_what_training_from_scratch_needs_is_filled_in(tiny_sizes):
+    given = tiny_sizes("deepseek_v3")
+    del given["num_key_value_heads"], given["eos_token_id"], given["bos_token_id"]
+    config = model_config("deepseek_v3", given)
+    assert (config.n_group, config.topk_group, config.first_k_dense_replace) == (1, 1, 1)
+    assert config.num_key_value_heads == 4, "latent attention has a key per head"
+    assert config.eos_token_id is None, "the id of another tokenizer"
+    assert build_model(config)(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+    assert model_config("qwen3_moe", tiny_sizes("qwen3_moe")).norm_topk_prob
+
+
+def test_dense_layers_of_an_moe_are_as_wide_as_what_a_token_uses(tiny_sizes):
+    given = tiny_sizes("deepseek_v3")
+    del given["intermediate_size"]
+    assert model_config("deepseek_v3", given).intermediate_size == 2 * 16 + 16
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "leaf", "said"),
+    [
+        ("mixtral", {"hiden_size": 32}, "hiden_size", "write hidden_size"),
+        ("mixtral", {"num_shared_experts": 1}, "num_shared_experts", "no such size"),
+        ("llama", {"num_experts": 8}, "num_experts", "no such size"),
+        ("llama", {"moe_intermediate_size": 8}, "moe_intermediate_size", "intermediate_size"),
+        ("mixtral", {"intermediate_size": 64}, "moe_intermediate_size", "leave out"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok", "there are 8 experts"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok", "there are 8 experts"),
+        ("olmoe", {"num_experts": 0}, "num_experts_per_tok", "there are 0 experts"),
+        ("olmoe", {"hidden_size": "big"}, "olmoe", "expected int"),
+        ("mixtral", {"hidden_size": 30}, "num_attention_heads", "do not fill 30"),
+        ("mixtral", {"hidden_size": -4}, "hidden_size", "at least 1"),
+        ("mixtral", {"num_hidden_layers": 0}, "num_hidden_layers", "at least 1"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size", "at least 1"),
+        ("mixtral", {"num_key_value_heads": 3}, "num_key_value_heads", "do not divide"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads", "one per head"),
+        ("mixtral", {"hidden_act": "nope"}, "hidden_act", "no activation"),
+    ],
+)
+def test_an_impossible_size_is_refused_by_name(family, given, leaf, said, tiny_sizes):
+    base = tiny_sizes(family) if family != "llama" else {"hidden_size": 32}
+    with pytest.raises(ExpertlyError, match=said) as error:
+        model_config(family, {**base, **given})
+    assert (error.value.code, error.value.what) == ("E202", f"model.{leaf}")
+
+
+def test_an_unknown_family_names_the_nearest():
+    with pytest.raises(ExpertlyError, match="write mixtral") as error:
+        model_config("mixtrall", {})
+    assert error.value.code == "E306"
+
+
+# --- Twins -------------------------------------------------------------------------------------
+
+
+def active(model) -> int:
+    """Parameters that one token uses, counted by modules."""
+    total = sum(p.numel() for p in model.parameters())
+    for name, module in model.named_modules():
+        if name.endswith("mlp.experts"):
+            block = model.get_submodule(name.removesuffix(".experts"))
+            share = block.gate.top_k / module.num_experts
+            total -= round((1 - share) * sum(p.numel() for p in module.parameters()))
+    return total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_is_the_dense_class_with_the_same_active_parameters(family, tiny_sizes):
+    realistic = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4}
+    experts = {"num_experts": 16, "moe_intermediate_size": 256, "intermediate_size": None}
+    given = {**tiny_sizes(family), **realistic, **experts}
+    config = model_config(family, {k: v for k, v in given.items() if v is not None})
+    with torch.device("meta"):
+        moe, twin = build_model(config), build_model(twin_config(config))
+    assert type(twin).__name__ == CLASSES[family][1]
+    assert not any("experts.down_proj" in name for name, _ in twin.named_parameters())
+    assert active(twin) == sum(p.numel() for p in twin.parameters())
+    assert active(moe) == pytest.approx(active(twin), rel=0.01)
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+        assert getattr(twin.config, key) == getattr(config, key)
+    assert twin.config.initializer_range == config.initializer_range
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_runs_and_reloads(family, tiny_sizes, tmp_path):
+    config = twin_config(model_config(family, tiny_sizes(family)))
+    model = build_model(config)
+    assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == config.model_type

@@ -1,0 +1,66 @@
+"""The experts seam and dropout inside the experts."""
+
+import pytest
+import torch
+
+from expertly.models.experts import EXPERTS, add_expert_dropout, register_experts
+from expertly.models.layers import moe_layers
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+STOCK = ("grouped_mm", "eager")
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("stock", STOCK)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ours_computes_what_the_stock_ones_compute(family, stock, tiny_model, tiny_ids):
+    model = tiny_model(family)
+    assert model.config._experts_implementation == EXPERTS == register_experts()
+    with torch.no_grad():
+        ours = model(tiny_ids).logits
+    ours_grad = gradients(model, tiny_ids)
+    model.set_experts_implementation(stock)
+    with torch.no_grad():
+        torch.testing.assert_close(ours, model(tiny_ids).logits, atol=1e-5, rtol=1e-4)
+    for name, gradient in gradients(model, tiny_ids).items():
+        torch.testing.assert_close(ours_grad[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, *STOCK])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_there_in_training_only(family, experts, tiny_model, tiny_ids):
+    model = tiny_model(family)
+    model.set_experts_implementation(experts)
+    with torch.no_grad():
+        plain = model(tiny_ids).logits
+        handles = add_expert_dropout(model, 0.5)
+        assert len(handles) == len(moe_layers(model))
+        assert model(tiny_ids).logits.equal(plain)
+        model.train()
+        assert not model(tiny_ids).logits.equal(plain)
+        for handle in handles:
+            handle.remove()
+        assert model(tiny_ids).logits.equal(plain)
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, *STOCK])
+def test_dropout_preserves_the_expectation(experts, tiny_model):
+    model = tiny_model("mixtral").train()
+    model.set_experts_implementation(experts)
+    module = moe_layers(model)[0].experts
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    draws = 4000
+    chosen = torch.tensor([[1, 5]]), torch.tensor([[0.75, 0.25]])
+    with torch.no_grad():
+        plain = module(x, *chosen)
+        add_expert_dropout(model, 0.25)
+        torch.manual_seed(0)
+        many = module(x.expand(draws, -1), *(each.expand(draws, -1) for each in chosen))
+    error = many.std(0) / draws**0.5
+    assert ((many.mean(0) - plain[0]).abs() < 5 * error).all()
+    assert (many.std(0) > 0).all()

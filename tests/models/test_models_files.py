@@ -1,0 +1,256 @@
+"""A model folder's files: whatever they hold becomes a value or an ExpertlyError, quickly."""
+
+import json
+import struct
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from expertly.errors import ExpertlyError
+from expertly.models.files import read_config, read_header, weight_files
+
+ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("headers") / "model.safetensors"
+
+
+def write(place, header, data=24):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    place.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * data)
+    return place
+
+
+def refused(place):
+    with pytest.raises(ExpertlyError) as error:
+        read_header(place)
+    assert error.value.code == "E301"
+    assert len(str(error.value)) < 600
+    return str(error.value)
+
+
+def test_a_sound_header_is_read(place):
+    tensors = {
+        "a": torch.zeros(2, 3),
+        "b.c": torch.zeros(5, dtype=torch.bfloat16),
+        "s": torch.ones(()),
+    }
+    save_file(tensors, place, metadata={"format": "pt"})
+    found = {tensor.name: tensor for tensor in read_header(place)}
+    assert found.keys() == tensors.keys()
+    assert (found["a"].dtype, found["a"].shape, found["a"].size) == ("F32", (2, 3), 24)
+    assert [found[name].parameters for name in ("a", "b.c", "s")] == [6, 5, 1]
+    assert (found["b.c"].dtype, found["b.c"].size) == ("BF16", 10)
+
+
+def test_an_empty_file_of_tensors_is_sound(place):
+    assert read_header(write(place, {"__metadata__": {"format": "pt"}}, data=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        pytest.param({"a": {**ENTRY, "data_offsets": [-24, 0]}}, "impossible", id="negative"),
+        pytest.param({"a": {**ENTRY, "data_offsets": [24, 0]}}, "bytes", id="backwards"),
+        pytest.param({"a": {**ENTRY, "data_offsets": [0, 48]}}, "bytes", id="beyond the end"),
+        pytest.param({"a": {**ENTRY, "data_offsets": [0]}}, "damaged", id="one offset"),
+        pytest.param({"a": {**ENTRY, "data_offsets": [0.0, 24.0]}}, "impossible", id="floats"),
+        pytest.param({"a": {**ENTRY, "data_offsets": "ab"}}, "impossible", id="text"),
+        pytest.param({"a": {**ENTRY, "shape": [-2, -3]}}, "impossible", id="negative shape"),
+        pytest.param({"a": {**ENTRY, "shape": [2**63, 2**63]}}, "size", id="huge shape"),
+        pytest.param({"a": {**ENTRY, "shape": [True, 6]}}, "impossible", id="bool shape"),
+        pytest.param({"a": {**ENTRY, "shape": [1] * 65}}, "impossible", id="65 axes"),
+        pytest.param({"a": {**ENTRY, "shape": None}}, "damaged", id="no shape"),
+        pytest.param({"a": {**ENTRY, "shape": {"2": 3}}}, "impossible", id="shape is a mapping"),
+        pytest.param({"a": {**ENTRY, "dtype": "PICKLE"}}, "unknown dtype", id="dtype"),
+        pytest.param({"a": {**ENTRY, "dtype": ["F32"]}}, "damaged", id="dtype is a list"),
+        pytest.param({"a": {"shape": [2]}}, "damaged", id="keys missing"),
+        pytest.param({"a": None}, "damaged", id="null"),
+        pytest.param({"a": ENTRY, "b": ENTRY}, "side by side", id="overlap"),
+        pytest.param([1], "damaged", id="a list"),
+        pytest.param(b"{", "damaged", id="not JSON"),
+        pytest.param(b"\xff\xfe", "damaged", id="not text"),
+        pytest.param(b"[" * 100_000, "damaged", id="deep"),
+        pytest.param(b'{"a": {}, "a": {}}', "twice", id="twice"),
+        pytest.param(b'{"a": {"shape": [' + b"9" * 5000 + b"]}}", "", id="a very long number"),
+    ],
+)
+def test_a_header_that_lies_is_one_line(header, said, place):
+    assert said in refused(write(place, header))
+
+
+def test_holes_and_tails_are_refused(place):
+    later = {**ENTRY, "data_offsets": [8, 32]}
+    assert "hole" in refused(write(place, {"a": later}, data=32))
+    far = {**ENTRY, "data_offsets": [28, 52]}
+    assert "side by side" in refused(write(place, {"a": ENTRY, "b": far}, data=52))
+    assert "of" in refused(write(place, {"a": ENTRY}, data=25))
+
+
+def test_a_truncated_file_says_how_much_is_there(place):
+    save_file({"a": torch.zeros(100)}, place)
+    whole = place.read_bytes()
+    for size in range(0, len(whole), 7):
+        place.write_bytes(whole[:size])
+        told = refused(place)
+    assert f"of {len(whole)} bytes" in told
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 2**40, 101 * 2**20, 0, 1])
+def test_a_length_that_lies_costs_nothing(length, place):
+    place.write_bytes(struct.pack("<Q", length) + b"{}" * 20)
+    started = time.monotonic()
+    refused(place)
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    refused(tmp_path / "nothing.safetensors")
+    refused(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": JSON | st.sampled_from(["F32", "BF16", "I8"]),
+        "shape": JSON | st.lists(st.integers(-3, 2**70), max_size=4),
+        "data_offsets": JSON | st.lists(st.integers(-3, 2**70), min_size=2, max_size=2),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.text(max_size=4), st.just(ENTRY) | FIELDS | JSON, max_size=3) | JSON)
+@example({"__metadata__": 3})
+def test_no_header_raises_anything_else(place, header):
+    try:
+        read_header(write(place, header))
+    except ExpertlyError as error:
+        assert error.code == "E301"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=80), st.integers(0, 200))
+def test_no_bytes_raise_anything_else(place, noise, at):
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, place)
+    content = bytearray(place.read_bytes())
+    content[at : at + len(noise)] = noise
+    place.write_bytes(content)
+    try:
+        read_header(place)
+    except ExpertlyError as error:
+        assert error.code == "E301"
+
+
+# --- config.json -------------------------------------------------------------------------------
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+}
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(MIXTRAL)), JSON | st.integers(-(2**70), 2**70))
+@example("num_hidden_layers", 2**63)
+@example("model_type", ["mixtral"])
+def test_no_config_raises_anything_else(place, key, value):
+    (place.parent / "config.json").write_text(json.dumps({**MIXTRAL, key: value}))
+    try:
+        read_config(place.parent)
+    except ExpertlyError as error:
+        assert error.code == "E305"
+        assert key in str(error)
+
+
+def test_a_config_names_the_field_and_what_is_allowed(tmp_path):
+    def said(**changes):
+        (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL, **changes}))
+        with pytest.raises(ExpertlyError) as error:
+            read_config(tmp_path)
+        assert (error.value.code, error.value.exit_code) == ("E305", 3)
+        return error.value.why
+
+    assert said(num_experts_per_tok=9) == "num_experts_per_tok is 9, but there are 8 experts"
+    assert said(num_hidden_layers=-1).endswith("is -1, expected a whole number from 1 to 10000")
+    assert said(num_local_experts="8").startswith("num_local_experts is '8', expected")
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path):
+    for folder, why in ((tmp_path, "no config.json"), (tmp_path / "no", "no such folder")):
+        with pytest.raises(ExpertlyError, match=why) as error:
+            read_config(folder)
+        assert error.value.code == "E305"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\udcff", "[" * 100_000])
+def test_a_config_that_is_no_json_object_is_one_line(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ExpertlyError) as error:
+        read_config(tmp_path)
+    assert error.value.code == "E301"
+
+
+# --- Weight files ------------------------------------------------------------------------------
+
+
+def index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_are_those_of_the_index(tmp_path):
+    for name in ("b.safetensors", "a.safetensors", "consolidated.safetensors"):
+        save_file({"x": torch.zeros(1)}, tmp_path / name)
+    index(tmp_path, {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"})
+    assert [f.name for f in weight_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert [f.name for f in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"x": "../evil.safetensors"},
+        {"x": "/etc/passwd"},
+        {"x": 3},
+        {"x": "missing.safetensors"},
+        {"x": ""},
+        [],
+        None,
+    ],
+)
+def test_an_index_that_lies_is_refused(weight_map, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path.parent / "evil.safetensors")
+    index(tmp_path, weight_map)
+    with pytest.raises(ExpertlyError) as error:
+        weight_files(tmp_path)
+    assert error.value.code == "E301"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_alone_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(ExpertlyError, match="sandbox") as error:
+        weight_files(tmp_path)
+    assert error.value.code == "E310"
+
+
+def test_nothing_at_all_is_no_model(tmp_path):
+    with pytest.raises(ExpertlyError) as error:
+        weight_files(tmp_path)
+    assert error.value.code == "E305"

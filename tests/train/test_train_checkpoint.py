@@ -1,0 +1,141 @@
+"""What a checkpoint holds: a stock model folder, and our state in expertly/."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_models import latent_overrides
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expertly import receipts
+from expertly.data.batches import eval_batches
+from expertly.models.loading import open_model
+from expertly.train import loop
+from expertly.train.checkpoint import latest_checkpoint, read_progress, verified_checkpoint
+from expertly.train.setup import prepare, tokenize
+
+MODELS = {
+    "qwen3_moe": [],
+    "mixtral": ["model.family=mixtral", "model.extra={}"],
+    "olmoe": ["model.family=olmoe", "model.extra={}", "model.num_key_value_heads=4"],
+    "deepseek_v3": [*latent_overrides(), "router.bias_update_rate=0.01"],
+    "its twin": [*latent_overrides(), "model.twin=true"],
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def trained(request, tmp_path_factory, configure):
+    """(config, job, result): a run of 3 steps, with the job that it ended with."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    config = configure(folder, *MODELS[request.param], "max_steps=3")
+    jobs = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = loop.prepare
+        patch.setattr(loop, "prepare", lambda *args: jobs.append(real(*args)) or jobs[-1])
+        result = loop.run(config)
+    return config, jobs[0], result
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def test_plain_transformers_computes_the_same(trained):
+    _, job, result = trained
+    stock = AutoModelForCausalLM.from_pretrained(result.checkpoint).eval()
+    ours = job.model.eval()(rows()).logits
+    assert (stock(rows()).logits - ours).abs().max() < 1e-5
+    assert torch.equal(open_model(result.checkpoint)(rows()).logits, ours)
+    tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
+    assert tokenizer.decode(tokenizer("the red cat")["input_ids"]) == "the red cat"
+
+
+def test_contents(trained):
+    """House rule 2."""
+    _, job, result = trained
+    run = result.run
+    assert {file.name for file in run.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "receipt.json",
+        "checkpoint-3",
+    } | ({"router.jsonl"} if job.attachment else set())
+    top = {file.name for file in result.checkpoint.iterdir()}
+    stock = {"config.json", "generation_config.json", "model.safetensors"}
+    assert stock | {"tokenizer.json", "tokenizer_config.json", "MANIFEST.json", "expertly"} <= top
+    state = {"optimizer.safetensors", "random.safetensors", "progress.json"}
+    proof = {"proof.safetensors"} if job.attachment else set()
+    assert {file.name for file in (result.checkpoint / "expertly").iterdir()} == state | proof
+    for file in (each for each in run.rglob("*") if each.is_file()):
+        assert file.suffix in {".json", ".jsonl", ".yaml", ".safetensors", ".jinja"}, "no pickle"
+        if file.suffix == ".safetensors":
+            load_file(file)
+    listed = json.loads((result.checkpoint / "MANIFEST.json").read_text())["files"]
+    found = {
+        file.relative_to(result.checkpoint).as_posix()
+        for file in result.checkpoint.rglob("*")
+        if file.is_file()
+    }
+    assert set(listed) == found - {"MANIFEST.json"}
+    assert read_progress(result.checkpoint).step == 3
+
+
+def test_the_receipt_says_what_happened(trained):
+    _, job, result = trained
+    receipt = receipts.read(result.run)
+    assert receipt.verdict == "pass"
+    checks = {check.name: check for check in receipt.checks}
+    weights = load_file(result.checkpoint / "model.safetensors")
+    total = sum(weight.numel() for weight in weights.values())
+    assert checks["saved parameters"].figure == checks["saved parameters"].limit == total
+    experts = sum(w.numel() for name, w in weights.items() if ".experts." in name)
+    assert checks["saved parameters of experts"].figure == experts
+    assert (experts > 0) == (job.attachment is not None)
+    assert receipt.figures["held_out_loss"] == result.loss
+    assert receipt.figures["held_out_loss_by_domain"] == result.domains
+    if job.attachment is None:
+        assert receipt.changed == {}
+        assert "experts that received no token" not in checks
+    else:
+        assert receipt.changed == {"experts": "8 of 8", "routers": "2 of 2"}
+        assert checks["experts that received no token"].figure == 0
+
+
+def test_a_frozen_router_is_said_to_be(configure, tmp_path):
+    result = loop.run(configure(tmp_path / "run", "max_steps=2", "router_learning_rate=0"))
+    assert receipts.read(result.run).changed == {"experts": "8 of 8", "routers": "0 of 2"}
+
+
+def test_the_latest_is_the_one_with_the_highest_step(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    assert verified_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", ".checkpoint-99.host.1.tmp"):
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_held_out_loss_is_the_saved_models(trained):
+    """What the run reports can be computed from its checkpoint by stock transformers."""
+    config, job, result = trained
+    sets = tokenize(config.data, job.tokenizer, lambda line: None)
+    stock = AutoModelForCausalLM.from_pretrained(result.checkpoint).eval()
+    total, count = 0.0, 0
+    for batch in eval_batches(sets, batch_size=4, sequence_length=32, eval_tokens=500):
+        labels = batch.input_ids.where(batch.attention_mask.bool(), -100)
+        number = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            out = stock(batch.input_ids, attention_mask=batch.attention_mask, labels=labels)
+        total, count = total + float(out.loss) * number, count + number
+    assert result.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_checkpoint_is_a_start_for_another_run(trained, configure, tmp_path):
+    """Its own class, twin of DeepSeek-V3 included, without being told what it is."""
+    _, job, result = trained
+    config = configure(tmp_path / "next", f"model={{path: {result.checkpoint}}}", "max_steps=1")
+    again = prepare(config, None, lambda line: None)
+    assert (again.attachment is None) == (job.attachment is None)
+    for name, value in job.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
