@@ -1,6 +1,8 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
+# byte-compiling all of torch takes longer than compiling what is used
+PIP := --quiet --no-compile -c constraints.txt
 # the tools of the virtual environment where there is one, else those on the PATH
 BIN := $(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/,)
 
@@ -32,9 +34,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e .
+	$(VENV)/bin/pip install $(PIP) -e .
 	touch $@
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/pip install $(PIP) -e '.[dev]'
 	touch $@

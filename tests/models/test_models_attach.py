@@ -134,11 +134,10 @@ def test_a_policy_that_cannot_be_followed_is_refused(policy, why, tiny_model):
 
 
 def test_a_model_without_experts_is_refused(tiny_model):
-    llama = {"num_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None}
     model = AutoModelForCausalLM.from_config(twin_config(tiny_model("qwen3_moe").config))
     with pytest.raises(ExpertlyError) as error:
         attach(model)
-    assert error.value.code == "E306", llama
+    assert error.value.code == "E306"
     with pytest.raises(ExpertlyError) as error:
         attach(build_model(twin_config(tiny_model("deepseek_v3").config)))
     assert error.value.code == "E305"

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from expertly.errors import ExpertlyError
 from expertly.folders import save_folder
@@ -57,14 +58,12 @@ def test_it_is_the_same_after_a_save(tmp_path):
     assert decode(opened, encode_batch(opened, [text])[0]) == text
 
 
-def test_a_prompt_begins_as_documents_do(tmp_path):
+def test_a_prompt_begins_as_documents_do():
     assert encode_prompt(TRAINED, "the cat") == encode_batch(TRAINED, ["the cat"])[0]
     assert encode_prompt(TRAINED, "") == [TRAINED.eos_token_id]
 
 
 def test_a_prompt_gets_the_special_tokens_that_the_tokenizer_adds(tmp_path):
-    from tokenizers.processors import TemplateProcessing
-
     save_tokenizer(TRAINED, tmp_path)
     opened = open_tokenizer(tmp_path)
     opened.backend_tokenizer.post_processor = TemplateProcessing(
