@@ -1,7 +1,15 @@
 """Tiny models of every family, and folders with them, for the tests that need a model at all."""
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
+
+# no deadlines, because machines are slow at times; in CI the same examples every time
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 SIZES = {
     "vocab_size": 300,

@@ -8,6 +8,7 @@ from typing import get_type_hints
 
 import pytest
 
+from expertly.config import load
 from expertly.data.config import Source
 from expertly.errors import CODES
 from expertly.moe.routing import ROUTERS
@@ -56,8 +57,14 @@ def test_every_router_and_every_watched_number_is_documented():
 
 
 def test_the_error_page_lists_exactly_the_codes():
-    listed = re.findall(r"^\| (E\d{3}) \|", (DOCS / "errors.md").read_text(), flags=re.M)
-    assert listed == sorted(CODES)
+    listed = re.findall(r"^\| (E\d{3}) \| (.*) \|$", (DOCS / "errors.md").read_text(), flags=re.M)
+    assert dict(listed) == CODES
+    assert [code for code, _ in listed] == sorted(CODES)
+
+
+@pytest.mark.parametrize("example", [*(ROOT / "examples").glob("*.yaml")], ids=lambda p: p.stem)
+def test_every_example_config_loads(example):
+    assert load(TrainConfig, example).data.sources
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -8,6 +8,7 @@ from expertly.families import (
     FAMILIES,
     dense_keys,
     family_of,
+    moe_layer_indices,
     require_family,
     rule_options,
     sizes,
@@ -71,6 +72,25 @@ def test_sizes_of_released_checkpoints(config, expected):
     assert tuple(sizes(config)) == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (MIXTRAL, range(32)),
+        (DEEPSEEK_V3, range(3, 61)),
+        (QWEN3_30B, range(48)),
+        ({**QWEN3_30B, "decoder_sparse_step": 1, "mlp_only_layers": []}, range(48)),
+        ({**QWEN3_30B, "mlp_only_layers": None}, range(48)),
+        ({**QWEN3_30B, "decoder_sparse_step": 2}, range(1, 48, 2)),
+        ({**QWEN3_30B, "mlp_only_layers": [0, 47]}, range(1, 47)),
+        ({**QWEN3_30B, "decoder_sparse_step": 3, "mlp_only_layers": [2, 3]}, range(5, 48, 3)),
+        ({**DEEPSEEK_V3, "first_k_dense_replace": 61}, ()),
+        ({**MIXTRAL, "decoder_sparse_step": 2}, range(32)),  # not a key of this family
+    ],
+)
+def test_which_layers_are_moe_layers(config, layers):
+    assert moe_layer_indices(config) == list(layers)
+
+
 def test_a_second_spelling_is_read_and_a_missing_one_refused():
     other = {**QWEN3_30B, "num_local_experts": 16}
     del other["num_experts"]
@@ -99,6 +119,8 @@ def test_every_row_fits_its_transformers_config_and_our_rule(name):
     row, config = FAMILIES[name], AutoConfig.for_model(name).to_dict()
     assert row.name == name and family_of(config) is row
     assert set(row.scratch) <= set(config)
+    named = (row.shared_experts, row.first_dense, row.sparse_step, row.dense_layers)
+    assert set(filter(None, named)) <= set(config)
     assert row.rule in ROUTERS
     stated = sizes(config)
     policy = Policy(router=row.rule, top_k=stated.top_k, options=rule_options(config))
@@ -157,7 +179,7 @@ def test_the_twin_is_as_wide_as_what_one_token_uses(config, model_type, width):
 
 def test_an_unknown_family_is_refused_with_the_nearest_name():
     assert family_of({"model_type": "llama"}) is None and family_of({}) is None
-    for call in (require_family, sizes, rule_options, dense_keys):
+    for call in (require_family, sizes, moe_layer_indices, rule_options, dense_keys):
         with pytest.raises(ExpertlyError) as refusal:
             call({"model_type": "qwen4_moe"})
         assert (refusal.value.code, refusal.value.exit_code) == ("E306", 3)

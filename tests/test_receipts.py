@@ -62,7 +62,9 @@ def test_a_newer_receipt_replaces_the_older(tmp_path):
 values = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
 values = values.filter(lambda value: value not in (math.inf, -math.inf))
 records = st.dictionaries(st.text(), values | st.lists(values, max_size=2), max_size=3)
-checks = st.builds(Check, name=st.text(), passed=st.booleans(), figure=values, limit=values)
+checks = st.builds(
+    Check, name=st.text(), passed=st.booleans(), figure=values, limit=values, fix=st.text()
+)
 
 
 @given(
@@ -97,15 +99,23 @@ def test_what_json_cannot_say_becomes_text_or_a_plain_number(tmp_path):
     assert read(tmp_path).checks[0].passed is True
 
 
-def test_require_names_the_first_failed_check():
-    require(GOOD)
-    error = refused("E101", require, BAD)
+def test_require_names_the_first_failed_check(tmp_path):
+    require(GOOD, tmp_path)
+    error = refused("E101", require, BAD, tmp_path)
     assert str(error) == (
         "error[E101] experts moved: failed with 0, limit more than 0."
-        " FIX: read receipt.json in the output folder of train"
+        f" FIX: read {tmp_path / RECEIPT}"
     )
     bare = replace(GOOD, checks=(Check("sealed", False),))
-    assert "sealed: failed with none, limit none." in str(refused("E101", require, bare))
+    assert "sealed: failed with none, limit none." in str(refused("E101", require, bare, tmp_path))
+
+
+def test_require_says_what_to_do_where_the_check_knows(tmp_path):
+    told = replace(GOOD, checks=(Check("idle", False, 3, 0, "train longer"),))
+    error = refused("E101", require, told, tmp_path)
+    assert str(error).endswith(f"FIX: train longer; figures in {tmp_path / RECEIPT}")
+    write(told, tmp_path)
+    assert read(tmp_path) == told
 
 
 @pytest.mark.parametrize(

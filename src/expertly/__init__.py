@@ -8,11 +8,12 @@ __version__ = "0.1.0"
 # what users reach from the top, and the room that it lives in; imported when first asked for
 _PUBLIC = {
     "open_model": "expertly.models.loading",
+    "save_model": "expertly.models.loading",
     "attach": "expertly.models.attach",
     "Policy": "expertly.moe.policy",
     "ExpertlyError": "expertly.errors",
 }
-__all__ = ["ExpertlyError", "Policy", "attach", "open_model"]
+__all__ = ["ExpertlyError", "Policy", "attach", "open_model", "save_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,10 @@ CODES = {
     "E203": "config file missing or unreadable",
     "E204": "routing policy refused",
     "E205": "output folder in the way or missing what a resume needs",
-    "E206": "resume with a changed config",
+    "E206": "resume with a changed config or changed data",
     "E207": "optional package missing",
     "E208": "command line wrong",
-    "E301": "file missing, truncated or of the wrong size",
+    "E301": "file or tensor missing, truncated or of the wrong size",
     "E302": "sha256 mismatch",
     "E303": "data source missing or empty",
     "E304": "data line unreadable",
@@ -24,7 +24,7 @@ CODES = {
     "E307": "no tokenizer",
     "E310": "pickle refused",
     "E401": "disk full or not writable",
-    "E501": "training unhealthy",
+    "E501": "training unhealthy: loss or gradient is not a number",
     "E999": "a bug in expertly",
 }
 _EXIT = {"1": 1, "2": 2, "3": 3, "4": 4, "5": 5, "9": 6}

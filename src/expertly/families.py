@@ -23,11 +23,13 @@ class Family:
     expert_width: str = "moe_intermediate_size"
     shared_experts: str | None = None  # key: how many always-on experts, expert_width each
     first_dense: str | None = None  # key: how many first layers are dense
+    sparse_step: str | None = None  # key: every how many layers one is an MoE layer, from 1
+    dense_layers: str | None = None  # key: the indices of further dense layers
     router: str = "gate"  # the router's name inside the MoE block
     rule: str = "softmax_topk"  # a name in expertly.moe.routing.ROUTERS
     options: Mapping[str, str] = field(default_factory=dict)  # rule option -> config key
     fixed: Mapping[str, Any] = field(default_factory=dict)  # rule option -> what the code says
-    bias: str | None = None  # the selection bias, inside the router module
+    bias: str | None = None  # the selection bias, a dotted path inside the router module
     # what released checkpoints say where a class default would not do for training from scratch
     scratch: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,6 +58,8 @@ FAMILIES = {
             name="qwen3_moe",
             dense="qwen3",
             num_experts=("num_experts", "num_local_experts"),
+            sparse_step="decoder_sparse_step",
+            dense_layers="mlp_only_layers",
             options={"renormalize": "norm_topk_prob"},
             scratch={"norm_topk_prob": True},
         ),
@@ -121,6 +125,16 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
     )
 
 
+def moe_layer_indices(config: Mapping[str, Any]) -> list[int]:
+    """Which of the layers are MoE layers; the others are dense. Raises E305, E306 as sizes does."""
+    row, first = require_family(config), sizes(config).first_dense
+    # configs leave both out, or say null, for none
+    step = (config.get(row.sparse_step) if row.sparse_step else None) or 1
+    dense = (config.get(row.dense_layers) if row.dense_layers else None) or ()
+    layers = range(first, config["num_hidden_layers"])
+    return [layer for layer in layers if layer not in dense and (layer + 1) % step == 0]
+
+
 def rule_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the family's routing rule, as its config and code fix them."""
     row = require_family(config)
@@ -147,7 +161,8 @@ def dense_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the dense twin: all else equal, as wide as the experts one token uses.
 
     The keys are the MoE config's, with model_type and the feed-forward width replaced; a reader
-    drops those that the dense class does not know.
+    drops those that the dense class does not know. It is a twin only where the MoE's own dense
+    layers, if it has any, are as wide.
     """
     row, moe = require_family(config), sizes(config)
     twin = {**config, "model_type": row.dense}

@@ -26,6 +26,7 @@ class Check:
     passed: bool
     figure: str | float | int | None = None
     limit: str | float | None = None
+    fix: str = ""  # what to do when it failed
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,13 @@ def read(folder: Path) -> Receipt:
     return receipt
 
 
-def require(receipt: Receipt) -> None:
-    """Raise E101 for the first check that failed, if any."""
+def require(receipt: Receipt, folder: Path) -> None:
+    """Raise E101 for the first check that failed, if any. folder: where the receipt lies."""
     for check in receipt.checks:
         if not check.passed:
             why = f"failed with {_told(check.figure)}, limit {_told(check.limit)}"
-            fix = f"read {RECEIPT} in the output folder of {receipt.job}"
+            file = folder / RECEIPT
+            fix = f"{check.fix}; figures in {file}" if check.fix else f"read {file}"
             raise ExpertlyError("E101", check.name, why, fix=fix)
 
 

@@ -1,5 +1,6 @@
 """Tokenise once: what is written, when it is reused, when it is made again."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -31,6 +32,10 @@ class Bytes:
 def documents_in(tokens):
     text = "".join("\n\0" if token == END else chr(token) for token in tokens)
     return text.split("\n\0")[:-1]
+
+
+def sha256(tokens):
+    return hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
 @pytest.fixture
@@ -76,7 +81,8 @@ def test_an_unchanged_source_is_not_encoded_again(tmp_path, rows):
     (second,) = make(tmp_path, tokenizer, Source(path=str(rows)))
     assert tokenizer.calls == calls
     assert np.array_equal(first.train, second.train)
-    assert first.digest == second.digest
+    assert first.digest == second.digest == sha256(first.train)
+    assert first.held_out_digest == second.held_out_digest == sha256(first.held_out)
 
 
 def test_an_edited_file_is_encoded_again(tmp_path, rows):

@@ -37,9 +37,20 @@ def test_a_misspelt_key_of_a_source_is_refused(tmp_path):
         ("vocab_size", "256"),
         ("eval_fraction", "1.0"),
         ("eval_fraction", "-0.1"),
+        ("eval_fraction", "0.004"),  # would round to no document at all
+        ("eval_fraction", "0.055"),
         ("eval_tokens", "1"),
     ],
 )
 def test_values_that_cannot_be_are_refused_by_name(leaf, value):
     with pytest.raises(ExpertlyError, match=rf"error\[E202\] {leaf}.*must"):
         load(DataConfig, None, ["sources=[{path: stdlib}]", f"{leaf}={value}"])
+
+
+@pytest.mark.parametrize("percent", range(100))
+def test_every_whole_percent_can_be_held_out(percent):
+    given = ["sources=[{path: stdlib}]", f"eval_fraction={percent / 100}"]
+    assert load(DataConfig, None, given).eval_fraction == percent / 100
+    assert not list(
+        DataConfig(sources=(Source(path="a"),), eval_fraction=0.01 * percent).problems()
+    )

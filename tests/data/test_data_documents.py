@@ -55,6 +55,19 @@ def test_a_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
     assert [document.id for document in documents] == ids
 
 
+def test_a_json_file_holds_rows_only_where_it_is_named(tmp_path):
+    """A stray package.json in a folder must not stop a run."""
+    (tmp_path / "package.json").write_text('{\n  "name": "x"\n}\n')
+    (tmp_path / "rows").mkdir()
+    write_lines(tmp_path / "rows" / "a.json", b'{"text": "row"}')
+    documents, _ = read(tmp_path)
+    assert [document.id for document in documents] == ["package.json", "rows/a.json"]
+    documents, _ = read(tmp_path / "**" / "*")
+    assert [document.id for document in documents] == ["package.json", "rows/a.json"]
+    for named in (tmp_path / "rows" / "a.json", tmp_path / "rows" / "*.json"):
+        assert read(named)[0] == [("a.json:1", "row")]
+
+
 def test_a_glob_keeps_ids_relative_to_its_folder(tmp_path):
     for name in ("a.md", "deep/er/b.md", "c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,15 @@ def test_bare_names_give_three_domains_each():
     assert list(by_domain([Source(path="stdlib", domain="all")])) == ["all"]
 
 
+def test_what_was_expanded_is_not_walked_again(monkeypatch):
+    sources, missing = expand([Source(path="stdlib", weight=3.0), Source(path="site", weight=1.0)])
+    monkeypatch.setattr("expertly.data.sources.builtin_files", lambda name: pytest.fail("walked"))
+    assert expand(sources) == (sources, [])
+    assert len(by_domain(sources)) == len(sources)
+    assert sum(domain_weights(sources).values()) == pytest.approx(4.0)
+    assert len(sources) + len(missing) == 6
+
+
 def test_no_source_is_refused():
     with pytest.raises(ExpertlyError, match=r"error\[E303\] data.sources.*FIX: name a file"):
         by_domain([])

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from expertly.errors import ExpertlyError
+from expertly.families import FAMILIES as TABLE
 from expertly.models.attach import attach, attached, tokens_of
 from expertly.models.build import build_model, twin_config
 from expertly.models.layers import moe_layers, own_policy
 from expertly.moe.capacity import expert_capacity
-from expertly.moe.policy import NEEDS_BIAS, Policy
+from expertly.moe.policy import Policy
 from expertly.moe.routing import ROUTERS, tokens_per_expert
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
@@ -82,6 +83,51 @@ def test_a_later_policy_overrules_until_it_is_detached(tiny_model, tiny_ids):
         assert logits_of(model, tiny_ids).equal(one)
 
 
+@pytest.mark.parametrize("order", ["looks last", "looks first"])
+def test_one_that_only_looks_sees_what_the_policy_at_work_dropped(order, tiny_model, tiny_ids):
+    model = tiny_model("mixtral").train()
+    policy = Policy(router="gshard_top2", top_k=2, capacity_factor=0.5)
+    early = attach(model) if order == "looks first" else None
+    with attach(model, policy) as at_work:
+        looking = early or attach(model)
+        logits_of(model, tiny_ids)
+        assert looking.rule == "gshard_top2"
+        for seen, made in zip(looking.decisions, at_work.decisions, strict=True):
+            assert seen is made
+            assert not seen.served.kept.all()
+    logits_of(model, tiny_ids)
+    assert looking.rule == own(model).router
+    assert all(d.served.kept is None for d in looking.decisions)
+
+
+@pytest.mark.parametrize("policy", [True, False])
+def test_decisions_before_a_forward_say_what_to_do(policy, tiny_model, tiny_ids):
+    model = tiny_model("mixtral")
+    with attach(model, own(model) if policy else None) as attachment:
+        with pytest.raises(ValueError, match="call the model itself first"):
+            attachment.decisions  # noqa: B018
+        with pytest.raises(IndexError):
+            model(tiny_ids + 10_000)
+        with pytest.raises(ValueError, match="call the model itself first"):
+            attachment.decisions  # noqa: B018
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            model()
+
+
+def test_a_part_of_a_model_never_sees_a_stale_mask(tiny_model, tiny_ids):
+    model = tiny_model("mixtral")
+    with attach(model, own(model, eval_capacity_factor=1.0)) as attachment:
+        for before in (lambda: None, lambda: logits_of(model, tiny_ids)):
+            before()
+            with pytest.raises(ValueError, match="call the model, not a part of it"):
+                model.model(tiny_ids)
+        assert len(attachment.tokens.valid) == tiny_ids.numel(), "it can still be read"
+        model(tiny_ids)  # with gradients, backward may need the mask
+        with pytest.raises(ValueError, match="call the model, not a part of it"):
+            model.model(tiny_ids[:1])
+    model.model(tiny_ids)
+
+
 def test_an_error_inside_the_forward_still_leaves_cleanly(tiny_model, tiny_ids):
     model = tiny_model("mixtral")
     count = hooks(model)
@@ -101,7 +147,7 @@ def test_every_router_works_on_every_family(family, router, tiny_model, tiny_ids
         loss.backward()
         assert loss.isfinite()
         assert all(layer.router.weight.grad.any() for layer in attachment.layers)
-        assert (attachment.biases() is None) == (router not in NEEDS_BIAS)
+        assert (attachment.biases() is None) == (not ROUTERS[router].biased)
         for decision in attachment.decisions:
             scores = ROUTERS[router].score(decision.chosen.logits)
             assert scores.shape == (24, 8)
@@ -350,3 +396,46 @@ def test_a_bias_in_bfloat16_becomes_float32(tiny_model):
         bias = attachment.layers[0].router.e_score_correction_bias
         assert bias is attachment.bias[0]
         assert "model.layers.1.mlp.gate.e_score_correction_bias" in model.state_dict()
+
+
+def test_detaching_puts_a_biases_dtype_back_unless_that_loses_something(tiny_model, tiny_ids):
+    model = tiny_model("deepseek_v3").bfloat16()
+    router = moe_layers(model)[0].router
+    before, tensor = logits_of(model, tiny_ids), router.e_score_correction_bias
+    with attach(model, own(model)), attach(model, own(model, top_k=1)):
+        assert router.e_score_correction_bias.dtype == torch.float32
+    assert router.e_score_correction_bias is tensor
+    assert {b.dtype for b in model.buffers() if len(b) == 8} == {torch.bfloat16}
+    assert logits_of(model, tiny_ids).equal(before)
+    with attach(model, own(model)) as attachment:
+        attachment.bias[0].fill_(0.001)  # not a number of bfloat16
+    assert router.e_score_correction_bias.dtype == torch.float32
+    assert (router.e_score_correction_bias == 0.001).all()
+    assert moe_layers(model)[1].router.e_score_correction_bias.dtype == torch.bfloat16
+
+
+def test_detaching_leaves_a_float32_bias_alone(tiny_model):
+    model = tiny_model("deepseek_v3")
+    with attach(model, own(model)):
+        model.bfloat16()
+    assert moe_layers(model)[0].router.e_score_correction_bias.dtype == torch.bfloat16
+
+
+def test_a_bias_at_a_dotted_path_is_the_familys_own_tensor(tiny_model, tiny_ids, monkeypatch):
+    """As in Ernie, where it is a frozen parameter (1, experts) of a module inside the router."""
+    path = "moe_statics.e_score_correction_bias"
+    monkeypatch.setitem(TABLE, "mixtral", replace(TABLE["mixtral"], bias=path))
+    model = tiny_model("mixtral")
+    for layer in moe_layers(model):
+        layer.router.moe_statics = torch.nn.Module()
+        zeros = torch.zeros(1, 8, dtype=torch.bfloat16)
+        frozen = torch.nn.Parameter(zeros, requires_grad=False)
+        layer.router.moe_statics.e_score_correction_bias = frozen
+    with attach(model, Policy(router="biased_softmax_topk", top_k=2)) as attachment:
+        attachment.bias[0][3] = 100.0
+        logits_of(model, tiny_ids)
+        assert (attachment.decisions[0].served.experts == 3).any(-1).all()
+        assert attachment.biases().shape == (2, 8)
+        own_tensor = attachment.layers[0].router.get_parameter(path)
+        assert own_tensor.dtype == torch.float32 and own_tensor[0, 3] == 100
+    assert own_tensor.dtype == torch.bfloat16

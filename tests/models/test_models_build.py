@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig
 
 from expertly.errors import ExpertlyError
-from expertly.families import sizes
+from expertly.families import moe_layer_indices, sizes
 from expertly.models.build import build_model, model_config, twin_config
 from expertly.models.layers import moe_layers
 
@@ -70,6 +70,7 @@ def test_dense_layers_of_an_moe_are_as_wide_as_what_a_token_uses(tiny_sizes):
         ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size", "at least 1"),
         ("mixtral", {"num_key_value_heads": 3}, "num_key_value_heads", "do not divide"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads", "one per head"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step", "at least 1"),
         ("mixtral", {"hidden_act": "nope"}, "hidden_act", "no activation"),
     ],
 )
@@ -124,3 +125,40 @@ def test_a_twin_runs_and_reloads(family, tiny_sizes, tmp_path):
     assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == config.model_type
+
+
+UNEVEN = [
+    ("qwen3_moe", {"decoder_sparse_step": 2}),
+    ("qwen3_moe", {"mlp_only_layers": [1]}),
+    ("qwen3_moe", {"num_hidden_layers": 6, "decoder_sparse_step": 3, "mlp_only_layers": [2]}),
+    ("deepseek_v3", {"first_k_dense_replace": 1}),
+    ("deepseek_v3", {"first_k_dense_replace": 2, "num_shared_experts": 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "given"), UNEVEN)
+def test_transformers_agrees_which_layers_are_moe_layers(family, given, tiny_sizes):
+    config = model_config(family, {**tiny_sizes(family), "num_hidden_layers": 4, **given})
+    with torch.device("meta"):
+        blocks = [layer.name for layer in moe_layers(build_model(config))]
+    assert [int(name.split(".")[2]) for name in blocks] == moe_layer_indices(config.to_dict())
+
+
+@pytest.mark.parametrize(("family", "given"), UNEVEN)
+def test_dense_layers_of_another_width_have_no_twin(family, given, tiny_sizes):
+    sizes_given = {**tiny_sizes(family), "num_hidden_layers": 4, **given}
+    wide = model_config(family, {**sizes_given, "intermediate_size": 500})
+    with pytest.raises(ExpertlyError) as error:
+        twin_config(wide)
+    assert (error.value.code, error.value.what) == ("E202", "model.intermediate_size")
+    fixed = int(error.value.fix.removeprefix("set intermediate_size="))
+    config = model_config(family, {**sizes_given, "intermediate_size": fixed})
+    with torch.device("meta"):
+        moe, twin = build_model(config), build_model(twin_config(config))
+    routers = sum(layer.router.weight.numel() for layer in moe_layers(moe))
+    assert active(moe) - routers == active(twin)
+
+
+def test_a_twin_is_its_own_twin_where_the_class_is_the_same(tiny_sizes):
+    twin = twin_config(model_config("deepseek_v3", tiny_sizes("deepseek_v3")))
+    assert twin_config(twin).to_dict() == twin.to_dict()

@@ -1,5 +1,6 @@
 """Opening and saving: exact round trips, stock files, and refusals in one line."""
 
+import errno
 import json
 import logging
 import shutil
@@ -263,3 +264,49 @@ def test_a_save_that_fails_leaves_nothing(tiny_model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         save_folder(tmp_path / "model", write)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: f"{type(error).__name__} {str(error)[:40]}",
+)
+def test_a_machine_without_memory_is_no_bad_folder(error, tiny_folder, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(type(error)) as caught:
+        open_model(tiny_folder("mixtral"))
+    assert caught.value is error
+
+
+def test_any_other_error_of_transformers_is_one_line(tiny_folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a shape\nof nothing")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    assert "(RuntimeError: a shape of nothing)" in refused(tiny_folder("mixtral"), "E305")
+
+
+def test_a_name_on_the_hub_is_to_be_downloaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = "hf download mistralai/Mixtral-8x7B-v0.1 --local-dir DIR, then name DIR"
+    assert hub in refused("mistralai/Mixtral-8x7B-v0.1", "E305")
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/mine", "mine", "../up/mine", "a/b/c", tmp_path / "no" / "model"):
+        assert "FIX: name a Hugging Face model folder" in refused(name, "E305")
+
+
+def test_a_run_folder_names_its_newest_checkpoint(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.tmp", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "checkpoint-12").mkdir()  # nothing in it
+    assert refused(tmp_path, "E305").endswith(f"FIX: name {tmp_path / 'checkpoint-10'}")

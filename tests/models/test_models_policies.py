@@ -66,7 +66,7 @@ def test_an_option_left_out_is_the_rules_default_not_the_configs(
     model = tiny_model(family)
     with attach(model, Policy(router=router, top_k=2)) as attachment:
         ours = logits_of(model, tiny_ids)
-        save_model(model, tmp_path, attachment=attachment)
+        save_model(model, tmp_path, attachment=attachment, allow_non_stock=True)
     assert (tmp_path / POLICY).exists() == (router != own_policy(model.config.to_dict()).router)
     assert logits_of(open_model(tmp_path), tiny_ids).equal(ours)
 
@@ -97,6 +97,29 @@ def test_what_it_cannot_say_needs_permission(family, policy, tiny_model):
         require_sayable(config, policy, allow_non_stock=False)
     assert error.value.code == "E204"
     assert require_sayable(config, policy, allow_non_stock=True) is False
+
+
+def test_saving_what_it_cannot_say_is_refused_before_anything_is_written(tiny_model, tmp_path):
+    model = tiny_model("mixtral")
+    policy = Policy(router="biased_sigmoid_topk", top_k=2)
+    with attach(model, policy) as attachment:
+        for given in (None, attachment):
+            with pytest.raises(ExpertlyError, match="allow_non_stock=True") as error:
+                save_model(model, tmp_path, attachment=given)
+            assert error.value.code == "E204"
+            assert list(tmp_path.iterdir()) == []
+    save_model(model, tmp_path, attachment=attach(model))  # detached: the family's own again
+    assert not (tmp_path / POLICY).exists()
+
+
+def test_an_attachment_that_only_looks_does_not_hide_the_policy_at_work(tiny_model, tmp_path):
+    model = tiny_model("mixtral")
+    policy = Policy(router="biased_sigmoid_topk", top_k=2)
+    with attach(model, policy), attach(model) as looking:
+        with pytest.raises(ExpertlyError, match="E204"):
+            save_model(model, tmp_path, attachment=looking)
+        save_model(model, tmp_path, attachment=looking, allow_non_stock=True)
+    assert read_policy(tmp_path).policy == policy
 
 
 def test_a_default_that_the_family_has_no_word_for_needs_none(tiny_model):
@@ -139,10 +162,10 @@ def test_a_non_stock_policy_comes_back_with_its_biases(
             if bias is not None:
                 bias.copy_(torch.arange(8) * 0.1 + index)
         ours = logits_of(model, tiny_ids)
-        save_model(model, tmp_path / "one")  # the attachment at work is found
+        save_model(model, tmp_path / "one", allow_non_stock=True)  # the attachment at work is found
     opened = open_model(tmp_path / "one")
     assert logits_of(opened, tiny_ids).equal(ours)
-    save_model(opened, tmp_path / "two")
+    save_model(opened, tmp_path / "two", allow_non_stock=True)
     assert logits_of(open_model(tmp_path / "two"), tiny_ids).equal(ours)
     if (tmp_path / "one" / POLICY).exists():
         assert attached(opened).policy.router == router
@@ -156,7 +179,7 @@ def test_twelve_biases_come_back_in_their_order(tiny_model, tmp_path):
     with attach(model, Policy(router="biased_sigmoid_topk", top_k=2)) as attachment:
         for index, bias in enumerate(attachment.bias):
             bias.fill_(index)
-        save_model(model, tmp_path)
+        save_model(model, tmp_path, allow_non_stock=True)
     assert [float(bias[0]) for bias in read_policy(tmp_path).bias] == list(range(12))
 
 

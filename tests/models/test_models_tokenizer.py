@@ -25,7 +25,7 @@ TRAINED = train_tokenizer(TEXTS, 280)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=60).filter(lambda text: END_OF_TEXT not in text))
+@given(st.text(max_size=60))
 def test_any_text_comes_back(text):
     ids = encode_batch(TRAINED, [text])[0]
     assert decode(TRAINED, ids) == text
@@ -39,6 +39,20 @@ def test_the_end_of_text_is_the_only_special_token():
     assert TRAINED.all_special_ids == [0]
     assert len(TRAINED) == 280
     assert decode(TRAINED, [0, *encode_batch(TRAINED, ["a cat"])[0], 0]) == "a cat"
+
+
+def test_a_document_that_spells_out_a_special_token_holds_text(tmp_path):
+    """A prompt may name one; a page about tokenizers must not end in its middle."""
+    save_tokenizer(TRAINED, tmp_path)
+    for tokenizer in (TRAINED, open_tokenizer(tmp_path)):
+        text = f"a{END_OF_TEXT}b"
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        ids = encode_batch(tokenizer, [text, END_OF_TEXT])
+        assert all(tokenizer.eos_token_id not in each for each in ids)
+        assert len(ids[1]) > 1
+        assert [decode(tokenizer, each) for each in ids] == [text, END_OF_TEXT]
+        assert encode_prompt(tokenizer, text)[1] == tokenizer.eos_token_id
+        assert tokenizer_fingerprint(tokenizer) == fingerprint
 
 
 def test_training_is_deterministic():

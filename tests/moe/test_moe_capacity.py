@@ -236,7 +236,7 @@ def test_gradient_flows_through_kept_and_rerouted_weights_only(overflow):
 @pytest.mark.parametrize("name", ["softmax_topk", "biased_sigmoid_topk"])
 def test_a_batch_of_padding_drops_everything_with_finite_gradients(overflow, name):
     logits = torch.randn(5, 4, requires_grad=True)
-    bias = {"bias": torch.zeros(4)} if name == "biased_sigmoid_topk" else {}
+    bias = {"bias": torch.zeros(4)} if ROUTERS[name].biased else {}
     routing = ROUTERS[name].route(logits, 2, **bias)
     scores = ROUTERS[name].score(logits)
     valid = torch.zeros(5, dtype=torch.bool)

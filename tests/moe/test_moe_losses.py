@@ -155,7 +155,7 @@ def test_the_sequence_loss_is_the_slow_one(name):
     valid = torch.rand(40) < 0.7
     valid[sequence_id == 20] = False  # a sequence of padding only
     tokens = Tokens(valid, sequence_id)
-    bias = {"bias": torch.randn(8)} if name == "biased_sigmoid_topk" else {}
+    bias = {"bias": torch.randn(8)} if ROUTERS[name].biased else {}
     routing = ROUTERS[name].route(logits, 2, **bias)
     totals = count(tokens)
     assert totals.sequences == 4

@@ -1,5 +1,7 @@
 """A policy: what it decides in training and evaluation, what is left of it, what is refused."""
 
+import math
+
 import pytest
 import torch
 
@@ -108,6 +110,19 @@ REFUSED = [
     ("softmax_topk", 2, {"renormalise": True}, {}, "no option renormalise. FIX: write renorm"),
     ("switch_top1", 1, {"scale": 2.0}, {}, "no option scale"),
     (V3, 2, {"bias": [0.0]}, {}, "no option bias"),
+    ("softmax_topk", 2, {"num_groups": "four"}, {}, "option num_groups is 'four'. FIX: set"),
+    ("softmax_topk", 2, {"num_groups": 4.0}, {}, "num_groups is 4.0. FIX: set num_groups to an"),
+    ("softmax_topk", 2, {"num_groups": True}, {}, "option num_groups is True"),
+    ("softmax_topk", 2, {"topk_groups": None}, {}, "option topk_groups is None"),
+    ("softmax_topk", 2, {"renormalize": "no"}, {}, "is 'no'. FIX: set renormalize to true or"),
+    ("softmax_topk", 2, {"renormalize": 1}, {}, "option renormalize is 1"),
+    (V3, 2, {"scale": "big"}, {}, "option scale is 'big'. FIX: set scale to a finite number"),
+    (V3, 2, {"scale": False}, {}, "option scale is False"),
+    (V3, 2, {"scale": math.nan}, {}, "option scale is nan"),
+    (V3, 2, {"scale": -math.inf}, {}, "option scale is -inf"),
+    (V3, 2, {"scale": 10**400}, {}, "set scale to a finite number"),
+    ("biased_softmax_topk", 2, {"minimum": [1e-9]}, {}, "option minimum is [1e-09]"),
+    ("gshard_top2", 2, {"draw": None}, {}, "no option draw"),
     ("softmax_topk", 2, {"num_groups": 3}, {}, "8 experts in 3 groups"),
     ("softmax_topk", 2, {"num_groups": 0}, {}, "8 experts in 0 groups"),
     (V3, 2, {"num_groups": 8}, {}, "equal groups of at least 2"),
@@ -135,6 +150,7 @@ def test_a_policy_that_cannot_work_is_refused_with_the_reason(name, top_k, optio
         ("softmax_topk", 8, {"renormalize": False, "scale": 2.0}),
         ("softmax_topk", 2, {"num_groups": 8, "topk_groups": 2}),
         (V3, 4, {"num_groups": 4, "topk_groups": 2, "scale": 2.5}),
+        (V3, 4, {"scale": 2}),
         ("biased_softmax_topk", 2, {"minimum": 1e-9}),
         ("topk_softmax", 4, {}),
         ("switch_top1", 1, {}),

@@ -1,6 +1,7 @@
 """Every rule against a slow loop over tokens, and bit by bit against transformers' own routers."""
 
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ RULES = [
 @pytest.mark.parametrize(("name", "slow", "top_k", "options"), RULES)
 def test_a_rule_is_its_loop_over_tokens(name, slow, top_k, options):
     logits, bias = random_logits(), random_bias()
-    needs_bias = {"bias": bias} if name.startswith("biased") else {}
+    needs_bias = {"bias": bias} if ROUTERS[name].biased else {}
     routing = ROUTERS[name].route(logits, top_k, **options, **needs_bias)
     for row, weights, experts in zip(
         logits.double().tolist(), routing.weights.tolist(), routing.experts.tolist(), strict=True
@@ -141,11 +142,11 @@ def test_a_rule_is_its_loop_over_tokens(name, slow, top_k, options):
             assert weight == pytest.approx(expected[expert], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "expert_choice"])
+@pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.causal])
 def test_shapes_dtypes_and_float32_under_bfloat16_logits(name):
     logits = random_logits().bfloat16()
-    top_k = {"switch_top1": 1}.get(name, 2)
-    needs_bias = {"bias": random_bias()} if name.startswith("biased") else {}
+    top_k = ROUTERS[name].top_k or 2
+    needs_bias = {"bias": random_bias()} if ROUTERS[name].biased else {}
     route = ROUTERS[name].route
     routing = route(logits, top_k, **needs_bias)
     assert routing.logits.shape == (40, EXPERTS)
@@ -155,6 +156,20 @@ def test_shapes_dtypes_and_float32_under_bfloat16_logits(name):
         routing.weights, route(logits.float(), top_k, **needs_bias).weights, rtol=0, atol=0
     )
     assert all(len(set(row)) == top_k for row in routing.experts.tolist())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_what_the_table_says_about_a_rule_is_so(name):
+    router = ROUTERS[name]
+    takes = signature(router.route).parameters
+    assert (router.biased, router.draws) == ("bias" in takes, "draw" in takes)
+    total = router.score(random_logits()).sum(dim=-1)
+    assert router.sums_to_one == torch.allclose(total, torch.ones(40))
+    if router.plain is not None:
+        rule, options = router.plain
+        assert ROUTERS[rule].plain is None and set(options) <= set(
+            signature(ROUTERS[rule].route).parameters
+        )
 
 
 # --- Bit by bit against transformers ------------------------------------------------------------

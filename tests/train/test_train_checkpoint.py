@@ -10,10 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertly import receipts
 from expertly.data.batches import eval_batches
+from expertly.errors import ExpertlyError
 from expertly.models.loading import open_model
 from expertly.train import loop
 from expertly.train.checkpoint import latest_checkpoint, read_progress, verified_checkpoint
+from expertly.train.proof import Proof
 from expertly.train.setup import prepare, tokenize
+from expertly.watch.stats import LayerCounts
 
 MODELS = {
     "qwen3_moe": [],
@@ -99,13 +102,78 @@ def test_the_receipt_says_what_happened(trained):
         assert receipt.changed == {}
         assert "experts that received no token" not in checks
     else:
+        policy = receipt.changed.pop("policy")
         assert receipt.changed == {"experts": "8 of 8", "routers": "2 of 2"}
+        followed = job.attachment.policy
+        assert (policy["router"], policy["top_k"]) == (followed.router, 2)
+        assert policy["options"] == followed.options
+        assert policy["stock"] is job.stock is True
+        assert "note" not in policy
         assert checks["experts that received no token"].figure == 0
+        assert checks["experts that received tokens but did not change"].figure == 0
+
+
+def test_the_receipt_names_its_data_and_its_machine(trained):
+    config, job, result = trained
+    inputs = receipts.read(result.run).inputs
+    assert inputs["machine"] == {"device": "cpu", "threads": torch.get_num_threads()}
+    assert inputs["held_out"]["eval_tokens"] == config.data.eval_tokens
+    assert {**inputs["held_out"]["sha256"]} == {s.domain: s.held_out_digest for s in job.sets}
+    assert all(len(digest) == 64 for digest in inputs["held_out"]["sha256"].values())
+    assert inputs["documents"] == {each.domain: each.counts for each in job.sets}
+    assert list(inputs["documents"]) == job.domains == ["words", "digits"]
+
+
+def test_the_receipt_says_when_stock_loaders_compute_another_function(configure, tmp_path):
+    own = ["router.router=topk_softmax", "capacity_factor=2", "allow_non_stock=true"]
+    result = loop.run(configure(tmp_path / "run", "max_steps=1", *own))
+    assert receipts.read(result.run).changed["policy"] == {
+        "router": "topk_softmax",
+        "top_k": 2,
+        "options": {},
+        "capacity_factor": 2.0,
+        "stock": False,
+        "note": "stock loaders compute another function",
+    }
 
 
 def test_a_frozen_router_is_said_to_be(configure, tmp_path):
     result = loop.run(configure(tmp_path / "run", "max_steps=2", "router_learning_rate=0"))
-    assert receipts.read(result.run).changed == {"experts": "8 of 8", "routers": "0 of 2"}
+    changed = receipts.read(result.run).changed
+    assert (changed["experts"], changed["routers"]) == ("8 of 8", "0 of 2")
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+def test_either_matrix_shows_that_an_expert_changed(tiny, part):
+    _, attachment = tiny("qwen3_moe")
+    proof = Proof(attachment)
+    experts = attachment.layers[1].experts
+    layers, count = len(attachment.layers), len(experts.down_proj)
+    assert proof.changed()["experts"] == f"0 of {layers * count}"
+    with torch.no_grad():
+        getattr(experts, part)[2] *= 1.5
+    assert proof.changed()["experts"] == f"1 of {layers * count}"
+
+
+def test_an_expert_that_received_tokens_and_did_not_change(tiny):
+    _, attachment = tiny("qwen3_moe")
+    proof = Proof(attachment)
+    assert proof.unmoved() == 0, "none has received a token"
+    load = torch.zeros(len(attachment.layers), len(attachment.layers[0].experts.down_proj))
+    load[0, 1] = load[1, 0] = 3
+    proof.add(LayerCounts(*[load] * len(LayerCounts._fields)))
+    assert proof.unmoved() == 2
+    with torch.no_grad():
+        attachment.layers[0].experts.gate_up_proj[1] += 1
+    assert proof.unmoved() == 1
+
+
+def test_experts_that_do_not_learn_fail_the_receipt(configure, tmp_path):
+    """A rate so small that float32 weights stay where they are."""
+    tiny_rate = ["learning_rate=1e-30", "router_learning_rate=1e-3", "max_steps=2"]
+    why = r"E101\] experts that received tokens but did not change: failed with 8, limit 0.*optim"
+    with pytest.raises(ExpertlyError, match=why):
+        loop.run(configure(tmp_path / "run", *tiny_rate))
 
 
 def test_the_latest_is_the_one_with_the_highest_step(tmp_path):

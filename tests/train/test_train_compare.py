@@ -3,17 +3,26 @@
 import pytest
 
 from expertly.errors import ExpertlyError
-from expertly.train.compare import Curve, at, chart, compare, reached, read_curve
-from expertly.train.log import METRICS, append_json
+from expertly.receipts import RECEIPT, Receipt, write
+from expertly.train.compare import (
+    Curve,
+    at,
+    chart,
+    compare,
+    differences_of,
+    reached,
+    read_curve,
+)
+from expertly.watch.records import METRICS, append_json
 
 
-def write_run(run, points, seconds_per_step=1.0):
+def write_run(run, points, seconds_per_step=1.0, tokens=10, domain="code"):
     """A run folder with an evaluation at each (step, loss), between other records."""
     run.mkdir(parents=True)
     for step, loss in points:
-        where = {"step": step, "tokens": 10 * step, "seconds": step * seconds_per_step}
+        where = {"step": step, "tokens": tokens * step, "seconds": step * seconds_per_step}
         append_json(run / METRICS, {**where, "train": {"loss": 99.0}})
-        held_out = {"loss": loss, "domain": {"code": loss + 1}}
+        held_out = {"loss": loss, "domain": {domain: loss + 1}}
         append_json(run / METRICS, {**where, "eval": held_out})
     return run
 
@@ -91,6 +100,84 @@ def test_no_evaluation(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ExpertlyError, match=r"E301.*no evaluation"):
             read_curve(folder)
+
+
+POINTS = [(0, 8), (10, 4)]
+INPUTS = {
+    "data": {"tokens": {"code": "1", "docs": "2"}, "sequence_length": 32},
+    "held_out": {"eval_tokens": 500, "sha256": {"code": "3", "docs": "4"}},
+    "machine": {"device": "cpu", "threads": 2},
+}
+
+
+def with_receipt(run, **inputs):
+    write(Receipt("train", {**INPUTS, **inputs}, {}, {}, (), {}), run)
+    return run
+
+
+def test_runs_that_can_be_compared(tmp_path):
+    a, b = (write_run(tmp_path / name, POINTS) for name in "ab")
+    assert differences_of(a, b) == []
+    with_receipt(a)
+    assert differences_of(a, b) == [], "one receipt alone says nothing"
+    with_receipt(b)
+    assert differences_of(a, b) == []
+    with_receipt(b, held_out={}, machine=None, data={"tokens": {}})
+    assert differences_of(a, b) == [], "nor does one of an older release"
+
+
+def test_differences_that_the_curves_show(tmp_path):
+    a = write_run(tmp_path / "a", POINTS)
+    b = write_run(tmp_path / "b", POINTS, tokens=20, domain="docs")
+    assert differences_of(a, b) == [
+        "other held-out domains: code against docs",
+        "other tokens per step: 10 against 20",
+    ]
+    unstepped = write_run(tmp_path / "c", POINTS[:1], tokens=20)
+    assert differences_of(a, unstepped) == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        (
+            {"held_out": {"eval_tokens": 500, "sha256": {"code": "3", "docs": "5"}}},
+            "other held-out text or tokenizer in docs",
+        ),
+        (
+            {"data": {"tokens": {"code": "9", "docs": "9"}, "sequence_length": 32}},
+            "other training text or tokenizer in code, docs",
+        ),
+        (
+            {"data": {**INPUTS["data"], "sequence_length": 64}},
+            "other data.sequence_length: 32 against 64",
+        ),
+        (
+            {"held_out": {**INPUTS["held_out"], "eval_tokens": 9}},
+            "other data.eval_tokens: 500 against 9",
+        ),
+        (
+            {"machine": {"device": "NVIDIA H200", "threads": 2}},
+            "other devices, so their seconds differ: cpu against NVIDIA H200",
+        ),
+        (
+            {"machine": {"device": "cpu", "threads": 8}},
+            "other numbers of threads, so their seconds differ: 2 against 8",
+        ),
+    ],
+)
+def test_differences_that_the_receipts_show(tmp_path, inputs, line):
+    a, b = (write_run(tmp_path / name, POINTS) for name in "ab")
+    with_receipt(a)
+    with_receipt(b, **inputs)
+    assert differences_of(a, b) == [line]
+
+
+def test_differences_with_a_damaged_receipt(tmp_path):
+    a, b = (with_receipt(write_run(tmp_path / name, POINTS)) for name in "ab")
+    (b / RECEIPT).write_text("{")
+    with pytest.raises(ExpertlyError, match=r"E301.*receipt\.json"):
+        differences_of(a, b)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ DOC = Path(__file__).parents[2] / "docs" / "train.md"
 def test_the_demo_loads():
     config = load(TrainConfig, Path(expertly.cli.__file__).with_name("demo.yaml"))
     assert config.model.num_experts == 16
-    assert config.optim.learning_rate == 3e-3
+    assert config.data.sources[0].path == "stdlib"
 
 
 def test_the_documented_example_loads(tmp_path):

@@ -11,7 +11,7 @@ from expertly import receipts
 from expertly.errors import ExpertlyError
 from expertly.folders import sha256
 from expertly.train import loop
-from expertly.train.log import METRICS, ROUTER, read_records
+from expertly.watch.records import METRICS, ROUTER, read_records
 
 # random states matter: jitter and dropout draw, and two micro-batches are counted first
 COMMON = [
@@ -161,7 +161,7 @@ def test_nothing_to_resume(short, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_changed_config_is_refused_with_every_difference(short):
+def test_a_changed_config_is_refused_with_every_difference(short, tmp_path):
     loop.run(short())
     with pytest.raises(ExpertlyError) as caught:
         loop.run(short("learning_rate=0.5", "schedule.warmup_ratio=0.5"), resume=True)
@@ -169,7 +169,8 @@ def test_a_changed_config_is_refused_with_every_difference(short):
     assert "optim.learning_rate: 0.01 -> 0.5; schedule.warmup_ratio: 0.05 -> 0.5" in str(
         caught.value
     )
-    assert loop.run(short("logging_steps=2", "device=cpu"), resume=True).steps == 2
+    free = ["logging_steps=2", "device=cpu", f"data.cache_dir={tmp_path / 'elsewhere'}"]
+    assert loop.run(short(*free), resume=True).steps == 2
 
 
 def test_changed_data_is_refused(tmp_path, texts, configure):
@@ -230,6 +231,8 @@ def test_an_expert_without_tokens_fails_the_receipt(short):
     with pytest.raises(ExpertlyError, match=r"E101 ?\]? experts that received no token") as caught:
         loop.run(config)
     assert caught.value.exit_code == 1
+    assert "FIX: raise router.router_aux_loss_coef or train longer; figures in" in str(caught.value)
+    assert str(Path(config.output_dir) / "receipt.json") in str(caught.value)
     receipt = json.loads((Path(config.output_dir) / "receipt.json").read_text())
     assert receipt["verdict"] == "fail"
     failed = [check for check in receipt["checks"] if not check["passed"]]

@@ -1,16 +1,20 @@
 """Setting a run up: what is refused before anything big is read, and what is built."""
 
+import shutil
 import sys
 
 import pytest
 import torch
 
 from expertly import receipts
+from expertly.data import sources as sources_of_data
+from expertly.data.sources import expand
 from expertly.errors import ExpertlyError
 from expertly.train import loop, setup
 from expertly.train.loop import train_step
 from expertly.train.setup import pick_device, prepare
 from expertly.watch.recorder import Recorder
+from expertly.watch.stats import watch_set
 
 
 def quiet(line: str) -> None:
@@ -27,6 +31,33 @@ def test_the_tokenizer_is_trained_once(configure, tmp_path, monkeypatch):
     second = prepare(config, None, quiet)
     assert len(second.tokenizer) == len(first.tokenizer) == 280
     assert torch.equal(next(first.batches).input_ids, next(second.batches).input_ids)
+
+
+def test_what_was_left_out_of_the_data_is_told(configure, tmp_path, texts):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        shutil.copy(texts / "words.txt", folder / name)
+    for name in ("d.bin", "e.bin"):
+        (folder / name).write_bytes(b"\xff\xfe\x00")
+    sources = f"[{{path: {folder}}}, {{path: {texts / 'words_held_out.txt'}, eval: true}}]"
+    said: list[str] = []
+    job = prepare(configure(tmp_path / "run", f"data.sources={sources}"), None, said.append)
+    lines = [line for line in said if line.startswith("data: texts: ")]
+    assert [line.partition(" held out")[2] for line in lines] == [
+        " (2 files not UTF-8, left out; 2 copies)"
+    ]
+    assert [line for line in said if line.startswith("data: ")][-1].endswith(" held out")
+    assert job.sets[0].counts["undecodable"] == 2
+
+
+def test_bare_sources_are_expanded_once(configure, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup, "expand", lambda sources: asked.append(sources) or expand(sources))
+    monkeypatch.setattr(sources_of_data, "builtin_files", lambda name: asked.append(name) or [])
+    with pytest.raises(ExpertlyError, match=r"E303\] data\.sources: no source is left"):
+        prepare(configure(tmp_path, "data.sources=[{path: stdlib}]"), None, quiet)
+    assert len(asked) == 1 + 3
 
 
 def test_two_runs_that_train_one_tokenizer_at_once(configure, tmp_path, monkeypatch):
@@ -84,6 +115,7 @@ def refuse_data(*args, **how):
     [
         (["model.num_experts_per_tok=5"], "E202", "5.* there are 4 experts"),
         (["router.top_k=5"], "E204", "top_k 5 with 4 experts"),
+        (["router.top_k=0"], "E204", "top_k 0 with 4 experts"),
         (["router.router=softmax"], "E204", "no such router"),
         (["router.router=expert_choice"], "E204", "would cheat"),
         (["router.router=topk_softmax"], "E204", "allow_non_stock"),
@@ -151,6 +183,17 @@ def test_activation_checkpointing_keeps_the_routers_gradients(configure, tmp_pat
         job = prepare(config, None, quiet)
         norms.append(train_step(config, job, Recorder(job.attachment.rule), 0).grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_every_step_carries_the_routers_health(configure, tmp_path):
+    config = configure(tmp_path, "logging_steps=100")
+    job = prepare(config, None, quiet)
+    steps = [train_step(config, job, Recorder(job.attachment.rule), at) for at in range(2)]
+    for step in steps:
+        assert step.health == watch_set(step.counts, job.attachment.biases())
+    assert steps[0].health != steps[1].health
+    twin = configure(tmp_path, "model.twin=true")
+    assert train_step(twin, prepare(twin, None, quiet), None, 0).health is None
 
 
 def test_bf16_and_dropout_run(configure, tmp_path):

@@ -109,3 +109,9 @@ def test_an_empty_micro_batch_adds_nothing():
     recorder.add(*batch(rows=slice(0, 0)))
     both = recorder.read()
     assert isinstance(both, LayerCounts) and both.tokens == TOKENS
+
+
+def test_what_is_read_lies_on_the_cpu():
+    recorder = Recorder("softmax_topk")
+    recorder.add(*batch())
+    assert {values.device.type for values in recorder.read()} == {"cpu"}

@@ -74,6 +74,22 @@ def test_dropped_assignments():
     assert layer_stats(counts)["dropped_frac"].tolist() == pytest.approx([0.2, 0.25])
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_balancing_loss_per_assignment_is_1_at_balance_whatever_top_k(top_k):
+    tokens, experts = 24, 8
+    even = [tokens * top_k / experts] * experts
+    collapsed = [float(tokens)] * top_k + [0.0] * (experts - top_k)
+    probs = [[tokens / experts] * experts, [n / top_k for n in collapsed]]
+    stats = layer_stats(counts_of([even, collapsed], tokens=tokens, probs=probs))
+    assert stats["aux_loss"].tolist() == pytest.approx([top_k, experts])
+    assert stats["aux_loss_per_k"].tolist() == pytest.approx([1, experts / top_k])
+
+
+def test_no_token_leaves_finite_numbers():
+    stats = layer_stats(counts_of([[0.0, 0.0]]))
+    assert all(values.isfinite().all() for values in stats.values())
+
+
 def test_the_range_of_the_bias_is_the_worst_layers():
     bias = torch.tensor([[0.0, 0.1], [-0.2, 0.3]])
     assert watch_set(counts_of([[1.0, 1.0]] * 2), bias)["bias_range"] == pytest.approx(0.5)

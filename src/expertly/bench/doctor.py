@@ -35,6 +35,8 @@ def examine() -> Examination:
         "float32": matmul_speed(torch.float32, device),
         "bfloat16": matmul_speed(torch.bfloat16, device),
     }
+    if device == "cpu":
+        speeds["one thread"] = _single_thread_speed()
     threads, cores = torch.get_num_threads(), _cores()
     return Examination(
         versions=versions("torch", "transformers", "safetensors", "tokenizers", "datasets"),
@@ -57,11 +59,24 @@ def findings(device: str, threads: int, cores: int, speeds: dict[str, float]) ->
     if device == "cuda" and speeds["bfloat16"] > 2 * speeds["float32"]:
         ratio = speeds["bfloat16"] / speeds["float32"]
         found.append(f"bfloat16 is {ratio:.1f}x faster than float32 here: set schedule.bf16=true")
+    if threads > 1 and speeds["float32"] < 1.4 * speeds.get("one thread", 0.0):
+        ratio = speeds["float32"] / speeds["one thread"]
+        found.append(f"{threads} threads are {ratio:.1f}x one: they share a core, or the machine")
     if threads < cores:
         found.append(f"{threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}")
     if threads > cores:
         found.append(f"{threads} threads share {cores} cores: set OMP_NUM_THREADS={cores}")
     return found
+
+
+def _single_thread_speed() -> float:
+    """GFLOP/s in float32 of one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return matmul_speed(torch.float32, "cpu")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _cores() -> int:

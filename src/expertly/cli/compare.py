@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,26 +24,25 @@ def compare(
 
     Example: expertly compare runs/demo/moe runs/demo/twin
     """
-    from expertly.train.compare import chart
+    from expertly.train.compare import chart, differences_of
     from expertly.train.compare import compare as race
 
     a, b, races = race(run_a, run_b, loss=loss)
+    unequal = differences_of(run_a, run_b)
     if json:
-        ratios = [(each.step_ratio, each.time_ratio) for each in races]
-        print_json(
-            {
-                "a": a._asdict(),
-                "b": b._asdict(),
-                "races": [
-                    {**asdict(each), "step_ratio": steps, "time_ratio": seconds}
-                    for each, (steps, seconds) in zip(races, ratios, strict=True)
-                ],
-            }
-        )
+        print_json({**as_json(a, b, races), "differences": unequal})
         return
     typer.echo(chart([a, b]))
-    typer.echo("")
-    typer.echo(comparison(a, b, races))
+    typer.echo("\n" + comparison(a, b, races))
+    for difference in unequal:
+        typer.echo(f"! {difference}")
+
+
+def as_json(a: "Curve", b: "Curve", races: "list[Race]") -> dict[str, Any]:
+    """The comparison for machines."""
+    ratios = [{"step_ratio": race.step_ratio, "time_ratio": race.time_ratio} for race in races]
+    both = [{**asdict(race), **ratio} for race, ratio in zip(races, ratios, strict=True)]
+    return {"a": a._asdict(), "b": b._asdict(), "races": both}
 
 
 def comparison(a: "Curve", b: "Curve", races: "list[Race]") -> str:
@@ -70,4 +69,11 @@ def _verdict(a: "Curve", b: "Curve", race: "Race") -> str:
     line = f"loss {race.loss:.3f}: {when(a.name, race.a)}, {when(b.name, race.b)}"
     if race.step_ratio is None or race.time_ratio is None:
         return line
-    return f"{line}: {race.step_ratio:.2f}x fewer steps, {race.time_ratio:.2f}x less time"
+    steps = _winner(a, b, race.step_ratio, "fewer steps")
+    return f"{line}; {steps}, {_winner(a, b, race.time_ratio, 'less time')}"
+
+
+def _winner(a: "Curve", b: "Curve", ratio: float, what: str) -> str:
+    """Who needs less and how many times; ratio: what B needs over what A needs."""
+    name, times = (a.name, ratio) if ratio >= 1 else (b.name, 1 / ratio)
+    return f"{name} needs {times:.2f}x {what}"

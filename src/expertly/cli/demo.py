@@ -1,12 +1,15 @@
 """expertly demo: train a small MoE and its dense twin on real text, side by side."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertly.cli.compare import comparison
-from expertly.cli.options import table
+from expertly.cli.compare import as_json, comparison
+from expertly.cli.options import Json, command, print_json, table
+
+if TYPE_CHECKING:
+    from expertly.train.loop import TrainResult
 
 _PROMPTS = ("def __init__(self, ", "The function returns ")
 
@@ -16,55 +19,43 @@ def demo(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, as in schedule.max_steps=50")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Train a small MoE and its dense twin on the text every Python carries, and compare them.
 
-    A demo that was stopped goes on where it was. Example: expertly demo --folder runs/demo
+    Stopped, it goes on from its newest checkpoint. Example: expertly demo --folder runs/demo
     """
     from expertly.train.compare import chart, compare
 
     moe, twin = folder / "moe", folder / "twin"
-    results = [
-        _train(moe, "a mixture of experts", ["model.twin=false", *(overrides or [])]),
-        _train(twin, "its dense twin", ["model.twin=true", *(overrides or [])]),
-    ]
+    trained = _train(moe, "a mixture of experts", ["model.twin=false", *(overrides or [])])
+    _train(twin, "its dense twin", ["model.twin=true", *(overrides or [])])
     a, b, races = compare(moe, twin)
+    texts = [_write(trained.checkpoint, prompt) for prompt in _PROMPTS]
+    if json:
+        print_json({**as_json(a, b, races), "router": trained.router, "texts": texts})
+        return
     typer.echo(chart([a, b]))
     typer.echo("\n" + comparison(a, b, races))
-    typer.echo("\n" + health(moe))
-    for prompt in _PROMPTS:
-        typer.echo(f"\nthe mixture of experts writes, after {prompt!r}:")
-        typer.echo(_write(results[0].checkpoint, prompt))
-    typer.echo(f"\nNext: expertly inspect {results[0].checkpoint}")
+    typer.echo("\n" + health(moe, trained))
+    for text in texts:
+        typer.echo(f"\nthe mixture of experts writes:\n{text}")
+    typer.echo(f"\nNext: {command()} inspect {trained.checkpoint}")
 
 
-def health(run: Path) -> str:
+def health(run: Path, trained: "TrainResult") -> str:
     """The router's last watch set, and how each layer's load is spread over its experts."""
-    from expertly.train.log import METRICS, ROUTER, read_records
+    from expertly.watch.records import ROUTER, read_records
+    from expertly.watch.report import readings, spread
 
-    watched = [record["moe"] for record in read_records(run / METRICS) if "moe" in record][-1]
+    rows = [["router", "now", "healthy"], *map(list, readings(trained.router or {}))]
     loads = read_records(run / ROUTER)[-1]["load"]
-    rows = [["router", "now", "healthy"]]
-    rows += [
-        ["dead experts", f"{watched['dead_frac']:.0%}", "0%"],
-        ["load entropy", f"{watched['entropy_norm']:.3f}", "near 1"],
-        ["hottest expert", f"{watched['max_load_ratio']:.2f}x its share", "below 2x"],
-        ["effective experts", f"{watched['effective_experts']:.1f} of {len(loads[0])}", "most"],
-        ["dropped tokens", f"{watched['dropped_frac']:.1%}", "0%"],
-    ]
-    bars = [f"layer {i}  {spread(load)}" for i, load in enumerate(loads)]
-    return "\n".join(
-        [table(rows), "", "load of each expert (a full block is twice its share)", *bars]
-    )
+    bars = [f"layer {layer}  {spread(load)}" for layer, load in enumerate(loads)]
+    title = "load of each expert (half height is an even share)"
+    return "\n".join([table(rows), "", title, *bars])
 
 
-def spread(load: list[float]) -> str:
-    """One bar per expert; half height is an even share."""
-    blocks = "▁▂▃▄▅▆▇█"
-    return "".join(blocks[min(7, int(share * len(load) * 4))] for share in load)
-
-
-def _train(run: Path, what: str, overrides: list[str]) -> Any:
+def _train(run: Path, what: str, overrides: list[str]) -> "TrainResult":
     from expertly.config import load
     from expertly.train.config import TrainConfig
     from expertly.train.loop import CONFIG

@@ -21,14 +21,16 @@ def generate(
 ) -> None:
     """Continue a prompt.
 
-    Example: expertly generate runs/demo/moe/checkpoint-240 --prompt "def main("
+    Example: expertly generate runs/demo/moe/checkpoint-360 --prompt "def main("
     """
+    import torch
+
     from expertly.engine.generate import Sampling, generate_ids
     from expertly.models.loading import open_model
     from expertly.models.tokenizer import decode, encode_prompt, open_tokenizer
 
+    model = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = open_tokenizer(folder)
-    model = open_model(folder)
     ids = encode_prompt(tokenizer, prompt)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     answer = decode(tokenizer, generate_ids(model, ids, sampling))

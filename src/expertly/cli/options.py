@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import shutil
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +24,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def command() -> str:
+    """How this program is called from here: its name, or its path where the shell lacks it."""
+    if shutil.which("expertly"):
+        return "expertly"
+    return os.path.relpath(Path(sys.executable).with_name("expertly"))
 
 
 def table(rows: list[list[str]]) -> str:

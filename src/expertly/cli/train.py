@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from expertly.cli.options import Json, print_json
+from expertly.cli.options import Json, command, print_json
 
 
 def train(
@@ -21,13 +21,17 @@ def train(
 ) -> None:
     """Train an MoE or a dense model on text, from scratch or from a checkpoint.
 
-    Example: expertly train moe.yaml schedule.max_steps=200 model.twin=true output_dir=runs/twin
+    Example: expertly train examples/moe.yaml schedule.max_steps=200 output_dir=runs/first
     """
     from expertly.config import load
     from expertly.train.config import TrainConfig
     from expertly.train.loop import run
 
-    result = run(load(TrainConfig, config, overrides or []), resume=resume)
+    try:
+        result = run(load(TrainConfig, config, overrides or []), resume=resume)
+    except KeyboardInterrupt:
+        typer.echo("expertly: --resume goes on from the newest checkpoint", err=True)
+        raise
     if json:
         print_json(asdict(result))
         return
@@ -35,4 +39,4 @@ def train(
         f"held-out loss {result.loss:.4f} after {result.steps} steps, {result.tokens:,} tokens"
     )
     typer.echo(f"checkpoint    {result.checkpoint}")
-    typer.echo(f"try it        expertly generate {result.checkpoint} --prompt 'def main('")
+    typer.echo(f"try it        {command()} generate {result.checkpoint} --prompt 'def main('")

@@ -60,14 +60,6 @@ class Batches(Iterator[Batch]):
         domains = torch.tensor([index for index, _ in drawn])
         return Batch(torch.from_numpy(input_ids), domains)
 
-    @property
-    def epochs(self) -> dict[str, float]:
-        """How often each training domain has been read."""
-        return {
-            each.domain: self._drawn[index] / self._rows[index]
-            for index, each in self._sets.items()
-        }
-
     def state(self) -> dict:
         """The position and what it belongs to; JSON-able, a line per domain."""
         drawn = {each.domain: self._drawn[index] for index, each in self._sets.items()}

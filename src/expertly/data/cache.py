@@ -20,7 +20,7 @@ from expertly.data.config import Source
 from expertly.data.sources import by_domain, open_source, pieces, split_documents
 from expertly.errors import ExpertlyError
 
-_FORMAT = 1  # raise it when the same files should give other tokens
+_FORMAT = 2  # raise it when the same files should give other tokens
 _COUNTS = (
     "documents",
     "tokens",
@@ -54,6 +54,7 @@ class TokenSet(NamedTuple):
     counts: dict[str, int]  # documents, tokens, held_out_documents, duplicates, undecodable, ...
     digest: str  # sha256 of the training tokens
     trains: bool = True  # False when all of its sources are `eval`
+    held_out_digest: str = ""  # sha256 of the held-out tokens
 
 
 def token_sets(
@@ -195,7 +196,8 @@ def _open(folder: Path, domain: str, dtype: np.dtype, trains: bool) -> TokenSet:
     counts = folders.read_json(folder / "counts.json")
     files = folders.read_json(folder / folders.MANIFEST)["files"]
     train, held_out = (_map(folder / name, dtype) for name in ("train.bin", "eval.bin"))
-    return TokenSet(domain, train, held_out, counts, files["train.bin"]["sha256"], trains)
+    digest, held_out_digest = (files[name]["sha256"] for name in ("train.bin", "eval.bin"))
+    return TokenSet(domain, train, held_out, counts, digest, trains, held_out_digest)
 
 
 def _map(file: Path, dtype: np.dtype) -> np.ndarray:

@@ -10,7 +10,7 @@ class Source:
 
     `path` is a text file, a folder, a glob, a .jsonl/.json/.parquet file, `hf:NAME` or
     `hf:ORG/NAME/CONFIG` (datasets), or built in: `stdlib[:code|docs|tables]`,
-    `site[:code|headers|texts]`.
+    `site[:code|headers|texts]`. In a folder, .json files are text, .jsonl files are rows.
     """
 
     path: str
@@ -43,5 +43,8 @@ class DataConfig:
             yield "vocab_size", "must be at least 257: the bytes and the end of text"
         if not 0 <= self.eval_fraction < 1:
             yield "eval_fraction", "must be from 0 to below 1"
+        # floats: 100 * 0.07 is a little above 7
+        elif abs(100 * self.eval_fraction - round(100 * self.eval_fraction)) > 1e-6:
+            yield "eval_fraction", "must be in whole percents, as 0.05"
         if self.eval_tokens < 2:
             yield "eval_tokens", "must be at least 2"

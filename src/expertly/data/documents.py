@@ -37,7 +37,8 @@ _KINDS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet"}
 def find_files(path: str) -> list[File]:
     """The files that a file name, a folder or a glob stands for, sorted.
 
-    Hidden files in folders are passed over. Raises E303 when nothing is there.
+    Hidden files in folders are passed over. A .json file holds JSON lines only where the path
+    itself ends so; in a folder it may be anything. Raises E303 when nothing is there.
     """
     root = Path(path).expanduser()
     if root.is_dir():
@@ -51,7 +52,8 @@ def find_files(path: str) -> list[File]:
         raise ExpertlyError("E303", path, "no such file or folder", fix="correct the path")
     if not found:
         raise ExpertlyError("E303", path, "matches no file", fix="name a folder that holds text")
-    return [File(file.relative_to(base).as_posix(), file, kind_of(file)) for file in found]
+    named = not root.is_dir() and root.suffix.lower() == ".json"
+    return [File(file.relative_to(base).as_posix(), file, kind_of(file, named)) for file in found]
 
 
 def glob_base(pattern: Path) -> Path:
@@ -72,9 +74,10 @@ def walk(root: Path, passed_over: frozenset[str] = frozenset()) -> Iterator[Path
                 yield path
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Path, json_is_lines: bool) -> str:
     """How a user's file is read: by its suffix, and as text unless that says otherwise."""
-    return _KINDS.get(path.suffix.lower(), "text")
+    suffix = path.suffix.lower()
+    return "text" if suffix == ".json" and not json_is_lines else _KINDS.get(suffix, "text")
 
 
 def read_text(file: File, column: str, skip: Skip) -> Iterator[Document]:

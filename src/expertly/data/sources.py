@@ -54,7 +54,9 @@ def expand(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
     """Sources with their domains named, a bare `stdlib` or `site` replaced by its three.
 
     A bare name's weight is shared evenly. Returns also the built-in sources that this machine
-    lacks, for a line in the log; they are left out. Raises E303 for an unknown built-in.
+    lacks, for a line in the log; they are left out. What was expanded once stays as it is, at
+    no cost: callers of this room who pass such a list on save the walk that a bare name takes.
+    Raises E303 for an unknown built-in.
     """
     known, missing = [], []
     for source in sources:

@@ -14,28 +14,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertly.families import require_family
-from expertly.models.layers import moe_layers, own_policy, router_logits
-from expertly.moe.policy import NEEDS_BIAS, Decision, Policy, check_policy, decide
-from expertly.moe.routing import Routing, Tokens, jitter
+from expertly.models.layers import (
+    cast_bias,
+    moe_layers,
+    own_policy,
+    router_logits,
+    selection_bias,
+)
+from expertly.moe.policy import Decision, Policy, check_policy, decide
+from expertly.moe.routing import ROUTERS, Routing, Tokens, jitter
 
 
 class Attachment:
     """A policy at work on a model, and what it decided in the latest forward.
 
     tokens: which of the flat tokens are valid, and their sequences. decisions: one per MoE layer.
-    rule: the name of the routing rule that decides. Use it as a context manager, or call detach().
+    rule: the name of the routing rule that decides. One that only looks tells of the policy at
+    work. Use it as a context manager, or call detach().
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy | None):
         config = model.config.to_dict()
-        before = attached(model)
         self.policy = policy
         self.layers = moe_layers(model)
-        self.rule = (policy or (before and before.policy) or own_policy(config)).router
+        self._own_rule = own_policy(config).router
+        self.rule = self._rule_on(model)
         self.tokens: Tokens | None = None
+        self._mask: Tensor | None = None  # of valid tokens, while a forward may use it
         self._decisions: list[Decision | None] = []
         self._recording = False
         self._bias_name = require_family(config).bias
+        self._bias_dtypes: list[torch.dtype] = []  # of the family's own, before this one
         self._bias = self._first_bias()
         self._handles = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -48,9 +57,10 @@ class Attachment:
 
     @property
     def decisions(self) -> list[Decision]:
-        """What each MoE layer decided in the latest forward."""
+        """What each MoE layer decided in the latest forward; ValueError before a whole one."""
         made = [decision for decision in self._decisions if decision is not None]
-        assert len(made) == len(self.layers), "a router's hook did not fire"
+        if len(made) < len(self.layers):
+            raise ValueError("no decisions yet: call the model itself first, model(input_ids)")
         return made
 
     @property
@@ -63,7 +73,7 @@ class Attachment:
             return [None] * len(self.layers)
         # looked up every time, because model.to() puts other tensors in the place of buffers
         if self._bias_name is not None:
-            return [getattr(layer.router, self._bias_name) for layer in self.layers]
+            return [selection_bias(layer.router, self._bias_name) for layer in self.layers]
         devices = [layer.router.weight.device for layer in self.layers]
         self._bias = [b.to(device) for b, device in zip(self._bias, devices, strict=True)]
         return self._bias
@@ -74,9 +84,18 @@ class Attachment:
         return torch.stack(found) if found else None
 
     def detach(self) -> None:
-        """Take every hook out again."""
+        """Take every hook out again, and a family's bias out of float32 where that loses nothing.
+
+        One that was trained since stays in float32, as checkpoints keep it. Detach the latest
+        first.
+        """
         for handle in self._handles:
             handle.remove()
+        for layer, dtype in zip(self.layers, self._bias_dtypes, strict=False):
+            assert self._bias_name is not None
+            bias = selection_bias(layer.router, self._bias_name)
+            if bias.dtype == torch.float32 and bias.to(dtype).float().equal(bias):
+                cast_bias(layer.router, self._bias_name, dtype)
 
     def __enter__(self) -> "Attachment":
         return self
@@ -91,11 +110,25 @@ class Attachment:
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.tokens = tokens_of(*args, **kwargs)
+        self._mask = self.tokens.valid
+        self.rule = self._rule_on(model)
         self._decisions = [None] * len(self.layers)
         self._recording = True
 
     def _close(self, model: nn.Module, args: tuple, output: object) -> None:
         self._recording = False
+        if not torch.is_grad_enabled():  # with gradients, backward may run a checkpoint again
+            self._mask = None
+        at_work = attached(model)
+        if self.policy is None and at_work is not None:
+            # only its own decisions say what capacity dropped, a router's output does not
+            self._decisions = at_work._decisions
+
+    def _rule_on(self, model: nn.Module) -> str:
+        """The name of the rule that decides, while this one is attached."""
+        at_work = attached(model)
+        policy = self.policy or (at_work and at_work.policy)
+        return policy.router if policy else self._own_rule
 
     def _route(
         self, index: int, router: nn.Module, args: tuple, output: tuple
@@ -107,28 +140,30 @@ class Attachment:
 
     def _first_bias(self) -> list[Tensor]:
         """Where each layer's bias begins: the family's tensor in float32, or zeros of our own."""
-        if self.policy is None or self.policy.router not in NEEDS_BIAS:
+        if self.policy is None or not ROUTERS[self.policy.router].biased:
             return []
         if self._bias_name is None:
             weights = [layer.router.weight for layer in self.layers]
             return [torch.zeros(len(weight), device=weight.device) for weight in weights]
         for layer in self.layers:  # steps of 0.001 would vanish in bfloat16
-            setattr(layer.router, self._bias_name, getattr(layer.router, self._bias_name).float())
-        return [getattr(layer.router, self._bias_name) for layer in self.layers]
+            self._bias_dtypes.append(selection_bias(layer.router, self._bias_name).dtype)
+            cast_bias(layer.router, self._bias_name, torch.float32)
+        return [selection_bias(layer.router, self._bias_name) for layer in self.layers]
 
     def _decide(self, index: int, router: nn.Module, x: Tensor, output: tuple) -> Decision:
         if self.policy is None:
             routing = Routing(*output)
             return Decision(routing, routing)
-        assert self.tokens is not None, "call the model itself, not a part of it"
         x = x.reshape(-1, x.shape[-1])
+        if self._mask is None or len(self._mask) != len(x):
+            raise ValueError("the attached policy needs the mask: call the model, not a part of it")
         with torch.autocast(x.device.type, enabled=False):
             if router.training and self.policy.jitter:
                 x = jitter(x, self.policy.jitter)
             return decide(
                 self.policy,
                 router_logits(router, x),
-                self.tokens.valid,
+                self._mask,
                 bias=self.bias[index],
                 training=router.training,
             )
@@ -145,7 +180,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None) -> Attachment:
     return Attachment(model, policy)
 
 
-def attached(model: PreTrainedModel) -> Attachment | None:
+def attached(model: nn.Module) -> Attachment | None:
     """The attachment whose policy a model follows, if any."""
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     found = [each for each in owners if isinstance(each, Attachment) and each.policy is not None]
@@ -165,7 +200,8 @@ def tokens_of(
     A row is a sequence; position_ids (batch, seq) that start again at 0 within a row begin another.
     """
     like = input_ids if input_ids is not None else inputs_embeds
-    assert like is not None, "a forward without input_ids or inputs_embeds"
+    if like is None:
+        raise ValueError("nothing to route: give the model input_ids or inputs_embeds")
     batch, seq = like.shape[:2]
     valid = torch.ones(batch, seq, dtype=torch.bool, device=like.device)
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from expertly.errors import ExpertlyError, nearest
-from expertly.families import FAMILIES, dense_keys, sizes
+from expertly.families import FAMILIES, dense_keys, moe_layer_indices, sizes
 from expertly.models.experts import register_experts
 
 _POSITIVE = (
@@ -67,9 +67,11 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     """The dense twin of an MoE config: its family's dense class, all else equal.
 
     Its feed-forward is as wide as the experts that one token uses, so active parameters agree but
-    for the router.
+    for the router. Raises E202 for an MoE with dense layers of another width, E306 for an unknown
+    family.
     """
     raw = config.to_dict()
+    _require_one_width(raw)
     raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     keys = dense_keys(raw)
     known = AutoConfig.for_model(keys["model_type"]).to_dict()
@@ -83,6 +85,16 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model with random weights, in float32; its experts run on our experts function."""
     kind = {"experts_implementation": register_experts()} if config.model_type in FAMILIES else {}
     return AutoModelForCausalLM.from_config(config, **kind)
+
+
+def _require_one_width(raw: Mapping[str, Any]) -> None:
+    """Raises E202 when a token meets feed-forwards of two widths: a twin has a single one."""
+    there, wanted = raw.get("intermediate_size"), dense_keys(raw)["intermediate_size"]
+    if len(moe_layer_indices(raw)) == raw["num_hidden_layers"] or there == wanted:
+        return
+    why = f"{there} in the dense layers, but a token uses {wanted} in the MoE layers, so no dense"
+    fix = f"set intermediate_size={wanted}"
+    raise ExpertlyError("E202", "model.intermediate_size", f"{why} twin is equal", fix=fix)
 
 
 def _translate(family: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +120,9 @@ def _problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         moe = sizes(config)
         if not 1 <= moe.top_k <= moe.num_experts:
             yield row.top_k, f"{moe.top_k}, but there are {moe.num_experts} experts"
-        if moe.expert_width < 1:
-            yield row.expert_width, f"{moe.expert_width}, but {least}"
+        for key in filter(None, (row.expert_width, row.sparse_step)):
+            if config[key] < 1:
+                yield key, f"{config[key]}, but {least}"
     for key in _POSITIVE:
         if config.get(key) is not None and config[key] < 1:
             yield key, f"{config[key]}, but {least}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
-from expertly.families import family_of
+from expertly.families import Family, family_of
 from expertly.folders import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -70,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         why = "no config.json in it" if folder.is_dir() else "no such folder"
-        raise ExpertlyError("E305", str(folder), why, fix="name a Hugging Face model folder")
+        raise ExpertlyError("E305", str(folder), why, fix=_name_instead(folder))
     config = read_json(file)
     for why in _impossible(config):
         raise ExpertlyError("E305", str(file), why, fix="correct config.json")
@@ -135,6 +135,18 @@ def check_experts(folder: Path, tensors: Iterable[TensorHeader], num_experts: in
             raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
 
 
+def _name_instead(folder: Path) -> str:
+    """What to do about a folder without a model: download it, or name the one that was meant."""
+    name = folder.as_posix()
+    if not folder.parent.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return f"hf download {name} --local-dir DIR, then name DIR"
+    saved = [file.parent for file in folder.glob("checkpoint-*/config.json")]
+    numbered = [path for path in saved if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
+    if numbered:
+        return f"name {max(numbered, key=lambda path: int(path.name[11:]))}"
+    return "name a Hugging Face model folder"
+
+
 def _impossible(config: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a config's sizes, each with what is allowed."""
     if not isinstance(config.get("model_type", ""), str):
@@ -143,14 +155,19 @@ def _impossible(config: dict[str, Any]) -> Iterator[str]:
     for key, largest in _LARGEST.items():
         if config.get(key) is not None:
             yield from _not_whole(config, key, 1, largest)
-    row = family_of(config)
-    if row is None:
-        return
+    if row := family_of(config):
+        yield from _impossible_experts(config, row)
+
+
+def _impossible_experts(config: dict[str, Any], row: Family) -> Iterator[str]:
+    """What is wrong with the sizes that the family's row names."""
     spelt = next((key for key in row.num_experts if key in config), row.num_experts[0])
     for key in (spelt, row.top_k, row.expert_width):
         yield from _not_whole(config, key, 1, _LARGEST_MOE)
     for key in filter(None, (row.shared_experts, row.first_dense)):
         yield from _not_whole(config, key, 0, _LARGEST_MOE)
+    if row.sparse_step is not None and row.sparse_step in config:
+        yield from _not_whole(config, row.sparse_step, 1, _LARGEST_MOE)
     if config[row.top_k] > config[spelt]:
         yield f"{row.top_k} is {config[row.top_k]}, but there are {config[spelt]} experts"
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertly.errors import ExpertlyError
@@ -43,6 +44,25 @@ def own_policy(config: Mapping[str, Any]) -> Policy:
     """
     row = require_family(config)
     return Policy(router=row.rule, top_k=sizes(config).top_k, options=rule_options(config))
+
+
+def selection_bias(router: nn.Module, path: str) -> Tensor:
+    """The selection bias at a family's dotted path: (experts,), sharing the family's own storage.
+
+    Ernie's is (1, experts).
+    """
+    return _bias_tensor(router, path).flatten()
+
+
+def cast_bias(router: nn.Module, path: str, dtype: torch.dtype) -> None:
+    """Give a router's selection bias another dtype; buffer or parameter, it stays the same one."""
+    bias = _bias_tensor(router, path)
+    bias.data = bias.data.to(dtype)
+
+
+def _bias_tensor(router: nn.Module, path: str) -> Tensor:
+    module, _, name = path.rpartition(".")
+    return getattr(router.get_submodule(module), name)
 
 
 def router_logits(router: Any, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Open and save a model folder: stock Hugging Face files, checked before they are believed."""
 
+import errno
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,13 @@ from expertly.folders import read_json, verify, write_json
 from expertly.models.attach import Attachment, attached
 from expertly.models.experts import register_experts
 from expertly.models.files import check_experts, read_config, read_headers
-from expertly.models.policies import attach_saved, read_policy, stock_form, write_policy
+from expertly.models.policies import (
+    attach_saved,
+    read_policy,
+    require_sayable,
+    stock_form,
+    write_policy,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -81,21 +89,18 @@ def load_weights(
     kind = {}
     if config.model_type in FAMILIES:
         kind["experts_implementation"] = _experts(experts_implementation)
-    try:
-        with _quiet():
-            opened: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, and by name
-                **kind,
-            )
-    except _BAD_FOLDER as error:
-        raise _cannot_open(folder, error) from error
+    with _opening(folder), _quiet():
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, and by name
+            **kind,
+        )
     model, info = opened
     _check_loaded(folder, info)
     if not verified:
@@ -107,10 +112,8 @@ def load_weights(
 def open_config(folder: Path) -> PretrainedConfig:
     """The folder's config, without running any code it brings. Raises E305, E301."""
     read_config(folder)
-    try:
+    with _opening(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _BAD_FOLDER as error:
-        raise _cannot_open(folder, error) from error
 
 
 def save_model(
@@ -119,21 +122,28 @@ def save_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     attachment: Attachment | None = None,
+    allow_non_stock: bool = False,
 ) -> None:
     """Fill a folder with stock files that any loader reads; wrap it in folders.save_folder.
 
     An attached policy goes into config.json where its keys can say it, and beside the weights
-    where they can't: then a stock loader computes another function. attachment None: the one at
-    work on the model, if any.
+    where they can't: then a stock loader computes another function. attachment None, or one that
+    only looks: the one at work on the model, if any. Raises E204, before it writes anything, for
+    a policy that stock keys can't say, unless allow_non_stock.
     """
-    attachment = attachment or attached(model)
+    if attachment is None or attachment.policy is None:
+        attachment = attached(model)
+    policy = attachment.policy if attachment is not None else None
+    config = model.config.to_dict()
+    if policy is not None:
+        require_sayable(config, policy, allow_non_stock=allow_non_stock)
     with _quiet():
         model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if attachment is None or attachment.policy is None:
+    if attachment is None or policy is None:
         return
-    keys = stock_form(model.config.to_dict(), attachment.policy)
+    keys = stock_form(config, policy)
     if keys is None:
         write_policy(folder, attachment)
     else:
@@ -204,6 +214,22 @@ def _experts(name: str | None) -> str:
     return name or register_experts()
 
 
-def _cannot_open(folder: Path, error: Exception) -> ExpertlyError:
-    why = " ".join(f"transformers cannot open it ({type(error).__name__}: {error}".split())[:250]
-    return ExpertlyError("E305", str(folder), f"{why})", fix="correct config.json")
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """Turns what transformers raises for a bad folder into E305, in one line."""
+    try:
+        yield
+    except _BAD_FOLDER as error:
+        if _no_memory(error):  # that is the machine's doing, no config.json helps
+            raise
+        said = " ".join(f"({type(error).__name__}: {error}".split())[:220]
+        why = f"transformers cannot open it {said})"
+        raise ExpertlyError("E305", str(folder), why, fix="correct config.json") from error
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch has a class of its own for that on GPUs only."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    failed = re.search(r"not enough memory|(can't|cannot) allocate memory", str(error), re.I)
+    return isinstance(error, torch.OutOfMemoryError) or failed is not None

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from expertly.errors import ExpertlyError
 from expertly.families import require_family, stock_keys
 from expertly.models.attach import Attachment, attach
-from expertly.moe.policy import NEEDS_BIAS, Policy
+from expertly.moe.policy import Policy
 from expertly.moe.routing import ROUTERS
 
 POLICY = Path("expertly") / "policy.safetensors"
@@ -38,7 +38,7 @@ def stock_form(config: Mapping[str, Any], policy: Policy) -> dict[str, Any] | No
     """
     row = require_family(config)
     plain = policy.at_inference()
-    if plain.router in NEEDS_BIAS and row.bias is None:
+    if ROUTERS[plain.router].biased and row.bias is None:
         return None
     options = _in_full(plain, (*row.fixed, *row.options))
     return stock_keys(row, plain.router, plain.top_k, options)
@@ -53,7 +53,8 @@ def require_sayable(config: Mapping[str, Any], policy: Policy, *, allow_non_stoc
             "E204",
             f"router {policy.router}",
             f"{why} another function",
-            fix="set router.allow_non_stock=true, or choose the family's own router",
+            fix="set router.allow_non_stock=true (Python: allow_non_stock=True), or choose the "
+            "family's own router",
         )
     return stock
 

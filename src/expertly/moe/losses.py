@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertly.moe.routing import ROUTERS, Routing, Tokens, softmax, tokens_per_expert
+from expertly.moe.routing import ROUTERS, Routing, Tokens, tokens_per_expert
 
 
 class Totals(NamedTuple):
@@ -28,10 +28,10 @@ def count(tokens: Tokens) -> Totals:
 def probabilities(logits: Tensor, router: str) -> Tensor:
     """The router's scores as shares of 1: (tokens, experts), float32.
 
-    A softmax is one already; sigmoid affinities are divided by their sum (DeepSeek-V3, eq. 20).
+    A softmax sums to 1 already; sigmoid affinities are divided by their sum (DeepSeek-V3, eq. 20).
     """
     scores = ROUTERS[router].score(logits)
-    if ROUTERS[router].score is softmax:
+    if ROUTERS[router].sums_to_one:
         return scores
     return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
@@ -45,7 +45,15 @@ def load_balancing_loss(probs: Tensor, valid: Tensor, share: Tensor, totals: Tot
     in the Detail") the loss does not depend on the split; taken over the micro-batch it does.
     """
     mean_prob = (probs * valid.unsqueeze(-1)).sum(dim=0) / max(totals.tokens, 1)
-    return len(share) * (share * mean_prob).sum()
+    return imbalance(share, mean_prob)
+
+
+def imbalance(share: Tensor, mean_prob: Tensor) -> Tensor:
+    """Experts x the dot product of two loads (..., experts): assignments and probability per token.
+
+    The one formula of the load balancing loss, for those who have the two numbers.
+    """
+    return share.shape[-1] * (share * mean_prob).sum(dim=-1)
 
 
 def sequence_balancing_loss(
@@ -71,8 +79,12 @@ def sequence_balancing_loss(
 
 def z_loss(logits: Tensor, valid: Tensor, totals: Totals) -> Tensor:
     """ST-MoE eq. 5 for one layer: keeps logits small, so that softmax stays well-behaved."""
-    squares = logits.float().logsumexp(dim=-1).square()
-    return (squares * valid).sum() / max(totals.tokens, 1)
+    return (squared_log_z(logits) * valid).sum() / max(totals.tokens, 1)
+
+
+def squared_log_z(logits: Tensor) -> Tensor:
+    """Each token's part of the z-loss, in float32: logsumexp^2, (tokens,)."""
+    return logits.float().logsumexp(dim=-1).square()
 
 
 def balance_counts(routing: Routing, valid: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A routing policy: the rule with its options, and the capacity that limits it. Plain data."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from expertly.errors import ExpertlyError, nearest
 from expertly.moe.capacity import Fill, Overflow, limit
-from expertly.moe.routing import ROUTERS, Routing
+from expertly.moe.routing import ROUTERS, Router, Routing
 
-NEEDS_BIAS = ("biased_sigmoid_topk", "biased_softmax_topk")
+# as the messages of expertly.config say them
+_WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "quoted text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,8 @@ class Policy:
 
     def at_inference(self) -> "Policy":
         """The same policy without what only steers training, under its plainest name."""
-        plain = Policy(router=self.router, top_k=self.top_k, options=self.options)
-        if self.router == "gshard_top2":
-            return replace(plain, router="softmax_topk", options={"renormalize": True})
-        if self.router == "switch_top1":
-            return replace(plain, router="softmax_topk", options={"renormalize": False})
-        return plain
+        router, options = ROUTERS[self.router].plain or (self.router, self.options)
+        return Policy(router=router, top_k=self.top_k, options=dict(options))
 
 
 class Decision(NamedTuple):
@@ -56,32 +53,49 @@ def _rule_problems(policy: Policy, num_experts: int) -> Iterator[tuple[str, str]
     """What is wrong with the rule, as (why, fix); the caller stops at the first."""
     if policy.router not in ROUTERS:
         yield "no such router", nearest(policy.router, ROUTERS)
-    if policy.router == "expert_choice":
+    router = ROUTERS[policy.router]
+    if not router.causal:
         yield "it looks at later tokens, so a causal model would cheat", "use softmax_topk"
     if not 1 <= policy.top_k <= num_experts:
         why = f"top_k {policy.top_k} with {num_experts} experts"
         yield why, f"choose a top_k from 1 to {num_experts}"
-    fixed = {"switch_top1": 1, "gshard_top2": 2}.get(policy.router, policy.top_k)
-    if policy.top_k != fixed:
-        yield f"its top_k is {fixed}, not {policy.top_k}", f"set top_k to {fixed}"
-    known = _options_of(policy.router)
-    for name in policy.options:
-        if name not in known:
-            yield f"no option {name}", nearest(name, known) if known else "leave options empty"
+    if router.top_k not in (None, policy.top_k):
+        yield f"its top_k is {router.top_k}, not {policy.top_k}", f"set top_k to {router.top_k}"
+    yield from _option_problems(policy)
     yield from _group_problems(policy, num_experts)
 
 
-def _options_of(router: str) -> tuple[str, ...]:
-    """The options that a user may give a rule: its keyword arguments, without its tensors."""
-    parameters = signature(ROUTERS[router].route).parameters.values()
-    names = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-    return tuple(name for name in names if name not in ("bias", "draw"))
+def _option_problems(policy: Policy) -> Iterator[tuple[str, str]]:
+    """Options that the rule does not have, or with values that it cannot take."""
+    kinds = _options_of(ROUTERS[policy.router])
+    for name, value in policy.options.items():
+        if name not in kinds:
+            yield f"no option {name}", nearest(name, kinds) if kinds else "leave options empty"
+        elif not _fits(value, kinds[name]):
+            yield f"option {name} is {value!r}", f"set {name} to {_WORDS[kinds[name]]}"
+
+
+def _options_of(router: Router) -> dict[str, type]:
+    """The options that a user may give a rule, with the types of their defaults.
+
+    They are its keyword arguments; the tensors among them have no default, or None.
+    """
+    parameters = signature(router.route).parameters.values()
+    options = (p for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return {p.name: type(p.default) for p in options if p.default not in (p.empty, None)}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether an option of this kind can take the value; a whole number is a float, too."""
+    if kind is float and type(value) in (int, float):
+        return abs(value) <= torch.finfo(torch.float32).max  # what routing runs in
+    return type(value) is kind  # not isinstance: True is an int to Python
 
 
 def _group_problems(policy: Policy, num_experts: int) -> Iterator[tuple[str, str]]:
     """What is wrong with a limit on groups of experts."""
     groups, used = (policy.options.get(name, 1) for name in ("num_groups", "topk_groups"))
-    least = 2 if policy.router == "biased_sigmoid_topk" and groups > 1 else 1
+    least = ROUTERS[policy.router].smallest_group if groups > 1 else 1
     if groups < 1 or num_experts % groups or num_experts // groups < least:
         why = f"{num_experts} experts in {groups} groups"
         yield why, f"choose num_groups for equal groups of at least {least}"
@@ -105,15 +119,15 @@ def decide(
 ) -> Decision:
     """Apply a policy to logits (tokens, experts), float32. valid: (tokens,); bias: (experts,).
 
-    gshard_top2 draws from torch's default generator in training, so a checkpointed forward that
+    A rule that draws does so from torch's default generator, so a checkpointed forward that
     restores the generator decides the same twice.
     """
-    options = dict(policy.options)
-    if policy.router in NEEDS_BIAS:
-        options["bias"] = bias
-    if policy.router == "gshard_top2" and training:
-        options["draw"] = torch.rand(len(logits), device=logits.device)
     router = ROUTERS[policy.router]
+    options = dict(policy.options)
+    if router.biased:
+        options["bias"] = bias
+    if router.draws and training:
+        options["draw"] = torch.rand(len(logits), device=logits.device)
     chosen = router.route(logits, policy.top_k, **options)
     factor = policy.capacity_factor if training else policy.eval_capacity_factor
     if factor is None:

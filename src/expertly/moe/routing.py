@@ -5,8 +5,8 @@ It counts nothing, draws nothing and learns nothing: randomness comes in as an a
 belongs to expertly.watch, the bias moves in expertly.moe.balance. All of it runs in float32.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +29,17 @@ class Tokens(NamedTuple):
 
 
 class Router(NamedTuple):
-    """A routing rule, and the scores behind its weights."""
+    """A routing rule, and every fact about it that others must know."""
 
     route: Callable[..., Routing]  # (logits, top_k, **options) -> Routing
     score: Callable[[Tensor], Tensor]  # logits (tokens, experts) -> scores of the same shape
+    sums_to_one: bool = True  # a token's scores do, so they are probabilities
+    top_k: int | None = None  # the only one it can do; None: any
+    biased: bool = False  # its route takes bias: (experts,), which steers the choice only
+    draws: bool = False  # its route takes draw: (tokens,) from U(0, 1), in training only
+    causal: bool = True  # no token's experts depend on later tokens
+    smallest_group: int = 1  # how many experts each of several groups must have
+    plain: tuple[str, Mapping[str, Any]] | None = None  # the rule it is at inference, and options
 
 
 def tokens_per_expert(routing: Routing, valid: Tensor | None = None) -> Tensor:
@@ -186,11 +193,17 @@ def expert_choice(logits: Tensor, top_k: int) -> Routing:
 ROUTERS = {
     "softmax_topk": Router(softmax_topk, softmax),
     "topk_softmax": Router(topk_softmax, softmax),
-    "switch_top1": Router(switch_top1, softmax),
-    "gshard_top2": Router(gshard_top2, softmax),
-    "biased_sigmoid_topk": Router(biased_sigmoid_topk, sigmoid),
-    "biased_softmax_topk": Router(biased_softmax_topk, softmax),
-    "expert_choice": Router(expert_choice, softmax),
+    "switch_top1": Router(
+        switch_top1, softmax, top_k=1, plain=("softmax_topk", {"renormalize": False})
+    ),
+    "gshard_top2": Router(
+        gshard_top2, softmax, top_k=2, draws=True, plain=("softmax_topk", {"renormalize": True})
+    ),
+    "biased_sigmoid_topk": Router(
+        biased_sigmoid_topk, sigmoid, sums_to_one=False, biased=True, smallest_group=2
+    ),
+    "biased_softmax_topk": Router(biased_softmax_topk, softmax, biased=True),
+    "expert_choice": Router(expert_choice, softmax, causal=False),
 }
 
 

@@ -31,7 +31,13 @@ def save_checkpoint(run: Path, job: Job, proof: Proof, progress: Progress) -> Pa
     """Write RUN/checkpoint-N, whole or not at all. Raises E401 when the disk refuses."""
 
     def write(folder: Path) -> None:
-        save_model(job.model, folder, tokenizer=job.tokenizer, attachment=job.attachment)
+        save_model(
+            job.model,
+            folder,
+            tokenizer=job.tokenizer,
+            attachment=job.attachment,
+            allow_non_stock=True,  # set-up has refused a policy for which that was not asked
+        )
         state = folder / STATE
         state.mkdir(exist_ok=True)
         save_file(_moments(job.model, job.optimizer), state / "optimizer.safetensors")

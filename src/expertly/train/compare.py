@@ -5,14 +5,16 @@ against training seconds (evaluation and saving excluded). Between evaluations i
 linearly; before the first and after the last nothing is guessed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from expertly.errors import ExpertlyError
-from expertly.train.log import METRICS, read_records
+from expertly.receipts import RECEIPT, read
+from expertly.watch.records import METRICS, read_records
 
 
 class Curve(NamedTuple):
@@ -91,6 +93,60 @@ def read_curve(run: Path) -> Curve:
         tokens=[record["tokens"] for record in records],
         domains=records[-1]["eval"]["domain"],
     )
+
+
+def differences_of(a: Path, b: Path) -> list[str]:
+    """What makes two runs hard to compare, in plain words, one difference a string.
+
+    Domains and tokens per step are read from the curves, the rest from the receipts where both
+    runs have one. Raises E301 for a folder without evaluations and for a damaged receipt.
+    """
+    first, second = read_curve(a), read_curve(b)
+    found = list(_unlike("held-out domains", sorted(first.domains), sorted(second.domains)))
+    found += _unlike("tokens per step", _tokens_per_step(first), _tokens_per_step(second))
+    if all((run / RECEIPT).is_file() for run in (a, b)):
+        found += _unlike_inputs(read(a).inputs, read(b).inputs)
+    return found
+
+
+def _unlike_inputs(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    """What two receipts' inputs say; an older receipt may lack some of it, which says nothing."""
+    for what, path in (
+        ("held-out text or tokenizer", ("held_out", "sha256")),
+        ("training text or tokenizer", ("data", "tokens")),
+    ):
+        ours, theirs = _inner(a, path) or {}, _inner(b, path) or {}
+        changed = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+        if changed:
+            yield f"other {what} in {', '.join(changed)}"
+    for what, path in (
+        ("data.eval_tokens", ("held_out", "eval_tokens")),
+        ("data.sequence_length", ("data", "sequence_length")),
+        ("devices, so their seconds differ", ("machine", "device")),
+        ("numbers of threads, so their seconds differ", ("machine", "threads")),
+    ):
+        yield from _unlike(what, _inner(a, path), _inner(b, path))
+
+
+def _inner(value: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _unlike(what: str, a: Any, b: Any) -> Iterator[str]:
+    """One line when both are known and differ."""
+    if a is not None and b is not None and a != b:
+        yield f"other {what}: {_told(a)} against {_told(b)}"
+
+
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+
+
+def _tokens_per_step(curve: Curve) -> int | None:
+    """None for a run that has not stepped yet."""
+    return curve.tokens[-1] // curve.steps[-1] if curve.steps[-1] else None
 
 
 def reached(curve: Curve, loss: float) -> Reached | None:

@@ -1,6 +1,5 @@
-"""What a run tells: metrics.jsonl and router.jsonl for machines, a progress line for people."""
+"""What a run tells while it runs: its records, TensorBoard, and a progress line for people."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from expertly.errors import ExpertlyError
-from expertly.folders import disk_error, save_file
-
-METRICS, ROUTER = "metrics.jsonl", "router.jsonl"
+from expertly.watch.records import METRICS, ROUTER, append_json
 
 
 class RunLog:
@@ -68,44 +65,6 @@ class RunLog:
             self._board.close()
 
 
-def append_json(file: Path, record: dict[str, Any]) -> None:
-    """Append one record as a line. Raises E401 when the disk refuses."""
-    try:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(_line(record))
-    except OSError as error:
-        raise disk_error(file, error) from error
-
-
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; none when it is missing. A torn last line is left out.
-
-    Raises E301 for any other line that is not JSON.
-    """
-    if not file.is_file():
-        return []
-    whole = file.read_bytes().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        fix = "take the lines out that are not JSON"
-        raise ExpertlyError("E301", str(file), f"is damaged ({error})", fix=fix) from error
-
-
-def last_health(run: Path) -> dict[str, Any] | None:
-    """The watch set that a run wrote down last; None before the first and for a dense model."""
-    watched = [record["moe"] for record in read_records(run / METRICS) if "moe" in record]
-    return watched[-1] if watched else None
-
-
-def forget_after(run: Path, step: int) -> None:
-    """Take back what a run wrote down after the checkpoint that it resumes from."""
-    for file in (run / METRICS, run / ROUTER):
-        if file.exists():
-            kept = [record for record in read_records(file) if record["step"] <= step]
-            save_file(file, "".join(map(_line, kept)))
-
-
 def say_to_stderr(line: str) -> None:
     """The plain form of RunLog.say, before there is a run."""
     sys.stderr.write(line + "\n")
@@ -120,10 +79,6 @@ def board_writer() -> Any:
         why = "the package is not installed"
         raise ExpertlyError("E207", "tensorboard", why, fix=fix) from error
     return SummaryWriter
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

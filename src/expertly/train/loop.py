@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from expertly.config import differences, dump, load
 from expertly.errors import ExpertlyError
 from expertly.folders import save_file
+from expertly.models.attach import Attachment
 from expertly.moe.balance import update_bias
 from expertly.receipts import require
 from expertly.train.checkpoint import (
@@ -21,25 +22,19 @@ from expertly.train.checkpoint import (
 )
 from expertly.train.config import TrainConfig
 from expertly.train.evaluate import HeldOut, evaluate, to_micro
-from expertly.train.log import (
-    METRICS,
-    RunLog,
-    board_writer,
-    forget_after,
-    last_health,
-    say_to_stderr,
-)
+from expertly.train.log import RunLog, board_writer, say_to_stderr
 from expertly.train.optimizer import clip, set_learning_rate
 from expertly.train.proof import Proof, write_receipt
 from expertly.train.schedule import lr_factor
 from expertly.train.setup import Job, prepare
 from expertly.train.step import StepLosses, accumulate, total_loss
 from expertly.watch.recorder import Recorder
+from expertly.watch.records import METRICS, forget_after, last_health
 from expertly.watch.stats import LayerCounts, watch_set
 
 CONFIG = "config.yaml"
 # what may change between a run and its resumption
-_FREE = ("log.", "output_dir:", "device:")
+_FREE = ("log.", "output_dir:", "device:", "data.cache_dir:")
 
 
 class Step(NamedTuple):
@@ -50,6 +45,7 @@ class Step(NamedTuple):
     grad_norm: float  # before clipping
     learning_rate: float
     counts: LayerCounts | None  # of its routers; None for a dense model
+    health: dict[str, Any] | None  # the watch set; None for a dense model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         )
     finally:
         log.close()
-    require(receipt)
+    require(receipt, folder)
     return result
 
 
@@ -139,9 +135,10 @@ def _loop(config: TrainConfig, job: Job, at: Progress, log: RunLog, proof: Proof
         # Once in a while: report, evaluate, save; and always at the end.
         report_due = _due(at.step, config.log.logging_steps, last)
         if report_due:
-            health = _report(job, log, at, window, done)
+            _report(log, at, window, done)
             window = at
-        log.advance(at.step, _status(done, at, health), due=report_due)
+        health = done.health
+        log.advance(at.step, _status(done, at), due=report_due)
         if _due(at.step, config.eval.eval_steps, last):
             held_out = _evaluate(job, log, at)
         if _due(at.step, config.log.save_steps, last):
@@ -177,18 +174,23 @@ def train_step(config: TrainConfig, job: Job, recorder: Recorder | None, step: i
         raise ExpertlyError("E501", config.output_dir, why, fix=fix)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    counts = recorder.read() if recorder else None
-    if job.attachment is not None and counts is not None and config.router.bias_update_rate:
-        for bias, load in zip(job.attachment.bias, counts.chosen, strict=True):
-            if bias is not None:
-                update_bias(bias, load, config.router.bias_update_rate)
-    return Step(losses, loss, norm, factor * config.optim.learning_rate, counts)
+    rate = factor * config.optim.learning_rate
+    if job.attachment is None or recorder is None:
+        return Step(losses, loss, norm, rate, None, None)
+    counts = recorder.read()
+    if config.router.bias_update_rate:
+        _move_biases(job.attachment, counts, config.router.bias_update_rate)
+    return Step(losses, loss, norm, rate, counts, watch_set(counts, job.attachment.biases()))
 
 
-def _report(
-    job: Job, log: RunLog, at: Progress, window: Progress, done: Step
-) -> dict[str, Any] | None:
-    """Write the last step's numbers down; returns the router's watch set."""
+def _move_biases(attachment: Attachment, counts: LayerCounts, rate: float) -> None:
+    for bias, chosen in zip(attachment.bias, counts.chosen, strict=True):
+        if bias is not None:
+            update_bias(bias, chosen, rate)
+
+
+def _report(log: RunLog, at: Progress, window: Progress, done: Step) -> None:
+    """Write the last step's numbers down."""
     speed = (at.tokens - window.tokens) / max(at.seconds - window.seconds, 1e-9)
     where = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
     train = {
@@ -198,14 +200,12 @@ def _report(
         "learning_rate": done.learning_rate,
         "tokens_per_second": speed,
     }
-    if job.attachment is None or done.counts is None:
+    if done.counts is None:
         log.metrics({**where, "train": train})
-        return None
-    health = watch_set(done.counts, job.attachment.biases())
-    log.metrics({**where, "train": train, "moe": health})
+        return
+    log.metrics({**where, "train": train, "moe": done.health})
     share = done.counts.load / done.counts.load.sum(dim=-1, keepdim=True).clamp(min=1)
     log.router({**where, "load": [[round(v, 5) for v in row] for row in share.tolist()]})
-    return health
 
 
 def _evaluate(job: Job, log: RunLog, at: Progress) -> HeldOut:
@@ -215,12 +215,12 @@ def _evaluate(job: Job, log: RunLog, at: Progress) -> HeldOut:
     return held_out
 
 
-def _status(done: Step, at: Progress, health: dict[str, Any] | None) -> str:
+def _status(done: Step, at: Progress) -> str:
     speed = at.tokens / max(at.seconds, 1e-9)
     status = f"loss {done.losses.cross_entropy:.3f}  {speed:,.0f} tok/s"
-    if health is None:
+    if done.health is None:
         return status
-    dead, hottest = health["dead_frac"], health["max_load_ratio"]
+    dead, hottest = done.health["dead_frac"], done.health["max_load_ratio"]
     return f"{status}  load max {hottest:.1f}x  dead {dead:.0%}"
 
 

@@ -41,12 +41,17 @@ class Proof:
 
     def changed(self) -> dict[str, str]:
         """How many experts and routers are no longer as they were."""
-        if self._attachment is None:
-            return {}
-        return {
-            part: f"{int((now != self._start[part]).sum())} of {now.numel()}"
-            for part, now in _norms(self._attachment).items()
-        }
+        return {part: f"{int(m.sum())} of {m.numel()}" for part, m in self._moved().items()}
+
+    def unmoved(self) -> int:
+        """How many experts received tokens and are still as they were."""
+        moved = self._moved().get("experts")
+        return 0 if moved is None else int(((self._received > 0) & ~moved).sum())
+
+    def _moved(self) -> dict[str, Tensor]:
+        """Whether each expert (layers, experts) and each router (layers,) has changed."""
+        now = _norms(self._attachment) if self._attachment else {}
+        return {part: (now[part] != self._start[part]).any(dim=-1) for part in now}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it; nothing for a dense model."""
@@ -69,13 +74,12 @@ def write_receipt(
     finite = math.isfinite(held_out.loss)
     checks = [Check("held-out loss is a number", finite, held_out.loss), *_saved(saved, job.model)]
     if job.attachment is not None:
-        idle = proof.idle()
-        checks.append(Check("experts that received no token", idle == 0, idle, 0))
+        checks += _on_experts(proof)
     receipt = Receipt(
         job="train",
         inputs=_inputs(config, job),
         versions=versions("torch", "transformers", "safetensors", "tokenizers"),
-        changed=proof.changed(),
+        changed=proof.changed() | _policy(job),
         checks=tuple(checks),
         figures={
             "held_out_loss": held_out.loss,
@@ -89,12 +93,47 @@ def write_receipt(
 
 
 def _inputs(config: TrainConfig, job: Job) -> dict[str, Any]:
-    """The config, sha256 of every domain's training tokens, and of the model gone on from."""
-    inputs = {"config": dump(config), "data": job.batches.state()["belongs_to"]}
+    """Config, machine, sha256 of every domain's tokens, and of the model gone on from."""
+    digests = {each.domain: each.held_out_digest for each in job.sets}
+    inputs = {
+        "config": dump(config),
+        "data": job.batches.state()["belongs_to"],
+        "held_out": {"eval_tokens": config.data.eval_tokens, "sha256": digests},
+        "documents": {each.domain: each.counts for each in job.sets},
+        "machine": _machine(job.model.device),
+    }
     start = Path(config.model.path)
     if config.model.path and start.is_dir():  # the run may have outlived it
         inputs["model"] = fingerprint(start)
     return inputs
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What the last figures of a loss, and every second, depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": torch.get_num_threads()}
+
+
+def _policy(job: Job) -> dict[str, Any]:
+    """The policy that the router learnt under, and who else can follow it (house rule 5)."""
+    if job.attachment is None or job.attachment.policy is None:
+        return {}
+    policy = job.attachment.policy
+    fields = ("router", "top_k", "options", "capacity_factor")
+    said = {name: getattr(policy, name) for name in fields} | {"stock": job.stock}
+    note = {} if job.stock else {"note": "stock loaders compute another function"}
+    return {"policy": said | note}
+
+
+def _on_experts(proof: Proof) -> list[Check]:
+    """Whether every expert received tokens, and learnt from those that it received."""
+    idle, unmoved = proof.idle(), proof.unmoved()
+    more = "raise router.router_aux_loss_coef or train longer"
+    name = "experts that received tokens but did not change"
+    return [
+        Check("experts that received no token", idle == 0, idle, 0, more),
+        Check(name, unmoved == 0, unmoved, 0, "raise optim.learning_rate"),
+    ]
 
 
 def _saved(saved: Inspection, model: Model) -> list[Check]:
@@ -112,8 +151,15 @@ def _saved(saved: Inspection, model: Model) -> list[Check]:
 
 @torch.no_grad()
 def _norms(attachment: Attachment) -> dict[str, Tensor]:
-    """A number per expert (layers, experts) and per router (layers,) that training moves."""
+    """Numbers per expert (layers, experts, 2) and per router (layers, 1) that training moves."""
     layers = attachment.layers
-    experts = [layer.experts.down_proj.double().flatten(1).norm(dim=1) for layer in layers]
-    routers = [layer.router.weight.double().norm() for layer in layers]
+    experts = [_expert_norms(layer.experts) for layer in layers]
+    routers = [layer.router.weight.double().norm().reshape(1) for layer in layers]
     return {"experts": torch.stack(experts).cpu(), "routers": torch.stack(routers).cpu()}
+
+
+def _expert_norms(experts: Any) -> Tensor:
+    """The norms of each expert's two matrices: (experts, 2)."""
+    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    norms = [weight.double().flatten(1).norm(dim=1) for weight in (up, experts.down_proj)]
+    return torch.stack(norms, dim=-1)

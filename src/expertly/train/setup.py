@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ from expertly.models.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from expertly.moe.policy import NEEDS_BIAS, Policy, check_policy
+from expertly.moe.policy import Policy, check_policy
+from expertly.moe.routing import ROUTERS
 from expertly.train.config import ModelConfig, RouterConfig, TrainConfig
 from expertly.train.optimizer import build_optimizer
 
@@ -48,8 +50,14 @@ class Job(NamedTuple):
     optimizer: AdamW
     batches: Batches
     held_out: list[Batch]
-    domains: list[str]  # by the index that batches use
+    sets: list[TokenSet]  # by the index that batches use
     autocast: AbstractContextManager
+    stock: bool  # whether stock loaders compute the same function; True for a dense model
+
+    @property
+    def domains(self) -> list[str]:
+        """The names of the domains, by the index that batches use."""
+        return [each.domain for each in self.sets]
 
 
 def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
@@ -58,38 +66,48 @@ def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     raw = (open_config(folder) if folder else _config(config.model, {})).to_dict()
     saved = read_policy(folder) if folder else None
     policy = policy_of(raw, config.router, saved) if _routes(raw) else None
+    allowed = config.router.allow_non_stock
+    stock = policy is None or require_sayable(raw, policy, allow_non_stock=allowed)
     device = torch.device(pick_device(config.device))
+    config = replace(config, data=_expanded(config.data, say))
     tokenizer = _tokenizer(config.data, folder, say)
     sets = tokenize(config.data, tokenizer, say)
     batches, held_out = _batches(config, sets)
     torch.manual_seed(config.seed)
     model = _model(config, folder, tokenizer)
     model.to(device).train()  # type: ignore[arg-type]
-    attachment = attach(model, policy) if policy is not None else None
-    if attachment is not None and saved is not None:
-        fill_bias(attachment, saved)
-    if config.model.expert_dropout and attachment is not None:
-        add_expert_dropout(model, config.model.expert_dropout)
+    attachment = _attach(model, policy, saved, config.model) if policy is not None else None
     if config.schedule.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     routers = [layer.router for layer in attachment.layers] if attachment else []
     optimizer = build_optimizer(model, routers, config.optim)
-    names = [each.domain for each in sets]
     autocast = _cast(config, device)
-    return Job(model, tokenizer, attachment, optimizer, batches, held_out, names, autocast)
+    return Job(model, tokenizer, attachment, optimizer, batches, held_out, sets, autocast, stock)
+
+
+def _attach(
+    model: Model, policy: Policy, saved: SavedPolicy | None, asked: ModelConfig
+) -> Attachment:
+    """The policy at work on the model, with the biases that were saved and the dropout asked."""
+    attachment = attach(model, policy)
+    if saved is not None:
+        fill_bias(attachment, saved)
+    if asked.expert_dropout:
+        add_expert_dropout(model, asked.expert_dropout)
+    return attachment
 
 
 def policy_of(raw: dict[str, Any], router: RouterConfig, saved: SavedPolicy | None) -> Policy:
     """The routing policy that a config asks for, on a model with the config `raw`.
 
     What it leaves open is the family's own rule, or the one saved with the model. Raises E204
-    for one that the model cannot follow, or that could not be saved in stock keys.
+    for one that the model cannot follow.
     """
     own = saved.policy if saved else own_policy(raw)
     name = router.router or own.router
     policy = Policy(
         router=name,
-        top_k=router.top_k or own.top_k,
+        top_k=own.top_k if router.top_k is None else router.top_k,
         options={**(own.options if name == own.router else {}), **router.options},
         jitter=router.jitter,
         capacity_factor=router.capacity_factor,
@@ -98,10 +116,9 @@ def policy_of(raw: dict[str, Any], router: RouterConfig, saved: SavedPolicy | No
         fill=router.fill,
     )
     check_policy(policy, sizes(raw).num_experts)
-    if router.bias_update_rate and name not in NEEDS_BIAS:
-        fix = f"set router.bias_update_rate=0, or router.router={NEEDS_BIAS[0]}"
+    if router.bias_update_rate and not ROUTERS[name].biased:
+        fix = "set router.bias_update_rate=0, or router.router=biased_sigmoid_topk"
         raise ExpertlyError("E204", f"router {name}", "has no bias to update", fix=fix)
-    require_sayable(raw, policy, allow_non_stock=router.allow_non_stock)
     return policy
 
 
@@ -118,10 +135,16 @@ def pick_device(asked: str) -> str:
     return "cuda" if there and asked != "cpu" else "cpu"
 
 
+def _expanded(data: DataConfig, say: Say) -> DataConfig:
+    """The data with its sources expanded, once: site-packages is large, and is walked for it."""
+    sources, missing = expand(data.sources)
+    for name in missing:
+        say(f"data: {name} is not on this machine, left out")
+    return replace(data, sources=tuple(sources))
+
+
 def tokenize(data: DataConfig, tokenizer: Tokenizer, say: Say) -> list[TokenSet]:
     """The tokens of every domain, from the cache where it has them; one line each to the user."""
-    for missing in expand(data.sources)[1]:
-        say(f"data: {missing} is not on this machine, left out")
     encoder = Encoder(
         encode=lambda texts: encode_batch(tokenizer, texts),
         end_of_text=tokenizer.eos_token_id,
@@ -136,9 +159,23 @@ def tokenize(data: DataConfig, tokenizer: Tokenizer, say: Say) -> list[TokenSet]
         progress=_now_and_then(say),
     )
     for each in sets:
-        train, held_out = len(each.train), len(each.held_out)
-        say(f"data: {each.domain}: {train:,} tokens to train on, {held_out:,} held out")
+        say(_told(each))
     return sets
+
+
+def _told(each: TokenSet) -> str:
+    """A domain's line: its tokens, and what of it was left out."""
+    train, held_out = len(each.train), len(each.held_out)
+    line = f"data: {each.domain}: {train:,} tokens to train on, {held_out:,} held out"
+    unreadable, copies = each.counts["undecodable"], each.counts["duplicates"]
+    left_out = []
+    if unreadable:
+        left_out.append(
+            f"{unreadable:,} {'files' if unreadable > 1 else 'file'} not UTF-8, left out"
+        )
+    if copies:
+        left_out.append(f"{copies:,} {'copies' if copies > 1 else 'copy'}")
+    return f"{line} ({'; '.join(left_out)})" if left_out else line
 
 
 def _now_and_then(say: Say, every: float = 10.0) -> Callable[[str, int, int], None]:
@@ -186,15 +223,14 @@ def _require_vocabulary(shape: ModelShape, tokenizer: Tokenizer) -> None:
 
 
 def _tokenizer(data: DataConfig, folder: Path | None, say: Say) -> Tokenizer:
-    """The checkpoint's own, else the one that was named, else one trained on the data."""
+    """The one that was named, else the checkpoint's own, else one trained on the data."""
     if data.tokenizer or folder is not None:
         return open_tokenizer(data.tokenizer or str(folder))
-    sources = expand(data.sources)[0]
     parts = ("tokenizer", data.vocab_size, data.eval_fraction, _TOKENIZER_BYTES)
-    kept = cache_root(data.cache_dir) / f"tokenizer-{sources_key(sources, *parts)}"
+    kept = cache_root(data.cache_dir) / f"tokenizer-{sources_key(data.sources, *parts)}"
     if not kept.is_dir():
         say(f"tokenizer: training a byte-level BPE of {data.vocab_size:,} tokens")
-        texts = training_sample(sources, _TOKENIZER_BYTES, data.eval_fraction)
+        texts = training_sample(data.sources, _TOKENIZER_BYTES, data.eval_fraction)
         trained = train_tokenizer(texts, data.vocab_size)
         try:
             save_folder(kept, lambda folder: save_tokenizer(trained, folder))

@@ -56,7 +56,7 @@ class StepLosses(NamedTuple):
     z: float
 
 
-class Batch(NamedTuple):
+class BatchTotals(NamedTuple):
     """What the micro-batches of one step hold together."""
 
     totals: Totals
@@ -122,14 +122,14 @@ def _measure(
     micro_batches: Sequence[MicroBatch],
     router: RouterConfig,
     autocast: AbstractContextManager,
-) -> Batch:
+) -> BatchTotals:
     """Count the whole batch; and its load fractions, by a forward without gradients, if needed."""
     labels = max(1, sum(int((micro.labels() != -100).sum()) for micro in micro_batches))
     counted = [count(tokens_of(m.input_ids, m.attention_mask)) for m in micro_batches]
     totals = Totals(*(sum(values) for values in zip(*counted, strict=True)))
     split = len(micro_batches) > 1 and router.router_aux_loss_coef > 0
     if attachment is None or not (split and router.exact and router.scope == "global"):
-        return Batch(totals, labels, None)
+        return BatchTotals(totals, labels, None)
     sums: list[Tensor] = []
     for micro in micro_batches:
         with torch.no_grad(), autocast:
@@ -137,7 +137,7 @@ def _measure(
         assert attachment.tokens is not None
         here = _counts(attachment.decisions, attachment.tokens)
         sums = [a + b for a, b in zip(sums, here, strict=True)] if sums else here
-    return Batch(totals, labels, [counts / totals.tokens for counts in sums])
+    return BatchTotals(totals, labels, [counts / totals.tokens for counts in sums])
 
 
 def _shares_here(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from expertly.moe.losses import balance_counts, probabilities
+from expertly.moe.losses import balance_counts, probabilities, squared_log_z
 from expertly.moe.policy import Decision
 from expertly.moe.routing import Tokens, tokens_per_expert
 from expertly.watch.stats import LayerCounts
@@ -29,10 +29,11 @@ class Recorder:
             self._sums = LayerCounts(*(a + b for a, b in zip(self._sums, counts, strict=True)))
 
     def read(self) -> LayerCounts:
-        """The counts since the last read, and start again."""
+        """The counts since the last read, on the CPU, and start again."""
         assert self._sums is not None, "nothing was recorded: no hook fired"
         counts, self._sums = self._sums, None
-        return counts
+        # small tensors: to move them once costs less than each figure's own wait for the device
+        return LayerCounts(*(values.cpu() for values in counts))
 
 
 @torch.no_grad()
@@ -55,6 +56,6 @@ def _count_layer(decision: Decision, tokens: Tokens, router: str) -> tuple[torch
         balance_counts(decision.chosen, valid),
         mass,
         probs.amax(dim=-1).sum(),
-        (served.logits.float().logsumexp(dim=-1).square() * valid).sum(),
+        (squared_log_z(served.logits) * valid).sum(),
         probs.sum(dim=0),
     )

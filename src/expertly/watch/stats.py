@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from expertly.moe.losses import imbalance
+
 
 class LayerCounts(NamedTuple):
     """What one step's decisions add up to; every tensor is float64, the first axis is the layer."""
@@ -26,7 +28,7 @@ class LayerCounts(NamedTuple):
 def watch_set(counts: LayerCounts, bias: Tensor | None = None) -> dict[str, Any]:
     """The run's scalars for one step, each the mean over layers, and the worst layer by load.
 
-    bias: (layers, experts) or None. Names as in docs/watch.md.
+    bias: (layers, experts) or None. Names as in docs/router.md.
     """
     layers = layer_stats(counts)
     scalars = {name: float(values.mean()) for name, values in layers.items()}
@@ -46,7 +48,6 @@ def watch_set(counts: LayerCounts, bias: Tensor | None = None) -> dict[str, Any]
 def layer_stats(counts: LayerCounts) -> dict[str, Tensor]:
     """The watch set per layer: (layers,) each."""
     load, tokens = counts.load, counts.tokens.clamp(min=1)
-    num_experts = load.shape[-1]
     even = load.mean(dim=-1).clamp(min=1e-12)
     chosen = counts.chosen.sum(dim=-1)
     return {
@@ -59,8 +60,21 @@ def layer_stats(counts: LayerCounts) -> dict[str, Tensor]:
         "mass_entropy_norm": _evenness(counts.mass),
         "router_confidence": counts.confidence / tokens,
         "dropped_frac": (chosen - load.sum(dim=-1)) / chosen.clamp(min=1),
-        # the losses as the training loop defines them, on Hugging Face's scale
-        "aux_loss": num_experts * (counts.chosen / tokens * counts.probs / tokens).sum(dim=-1),
+        **_losses(counts, tokens),
+    }
+
+
+def _losses(counts: LayerCounts, tokens: Tensor) -> dict[str, Tensor]:
+    """The losses as the training loop defines them, and one that compares across top_k: (layers,).
+
+    On Hugging Face's scale an even load's aux_loss is top_k; divided by the assignments per token
+    it is 1 at any top_k.
+    """
+    share = counts.chosen / tokens
+    aux_loss = imbalance(share, counts.probs / tokens)
+    return {
+        "aux_loss": aux_loss,
+        "aux_loss_per_k": aux_loss / share.sum(dim=-1).clamp(min=1e-12),
         "z_loss": counts.log_z / tokens,
     }
 
