@@ -95,7 +95,7 @@ def test_the_installed_command_and_the_module_are_the_same():
         pytest.param(["inspect"], "E208", 2, "expertly inspect --help", id="no folder"),
         pytest.param(["inspect", "/no"], "E305", 3, "no such folder", id="no such folder"),
         pytest.param(["inspect", "/no", "--x"], "E208", 2, "--x", id="unknown flag of a verb"),
-        pytest.param(["generate", "/no"], "E307", 3, "no such folder", id="generate"),
+        pytest.param(["generate", "/no"], "E305", 3, "no such folder", id="generate"),
         pytest.param(["generate", "x", "--top-p", "2"], "E208", 2, "--top-p", id="out of range"),
         pytest.param(["generate", "x", "--seed", "a"], "E208", 2, "--seed", id="not a number"),
         pytest.param(["compare", "/a"], "E208", 2, "run_b", id="one run"),
@@ -214,7 +214,7 @@ def test_doctor_prints_a_page_or_json(run, monkeypatch):
     assert (code, err) == (0, "")
     assert "GFLOP/s" in out
     said = json.loads(run("doctor", "--json")[1])
-    assert said["speeds"].keys() == {"float32", "bfloat16"}
+    assert said["speeds"].keys() >= {"float32", "bfloat16"}
 
 
 def test_json_has_no_word_for_nan(capsys):
