@@ -21,7 +21,7 @@ def generate(
 ) -> None:
     """Continue a prompt.
 
-    Example: expertly generate runs/demo/moe/checkpoint-360 --prompt "def main("
+    Example: expertly generate runs/demo/moe/checkpoint-300 --prompt "def main("
     """
     import torch
 

@@ -21,7 +21,7 @@ def inspect(
 ) -> None:
     """Show a model's family, layers, experts, layout, dtype, bytes by part and parameters.
 
-    Example: expertly inspect runs/demo/moe/checkpoint-360 --verify
+    Example: expertly inspect runs/demo/moe/checkpoint-300 --verify
     """
     from expertly.models.inspect import inspect_folder
 
