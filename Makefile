@@ -1,8 +1,7 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
-# byte-compiling all of torch takes longer than compiling what is used
-PIP := --quiet --no-compile -c constraints.txt
+PIP := --quiet -c constraints.txt
 # the tools of the virtual environment where there is one, else those on the PATH
 BIN := $(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/,)
 

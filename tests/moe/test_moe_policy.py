@@ -130,6 +130,8 @@ REFUSED = [
     ("softmax_topk", 2, {"num_groups": 4, "topk_groups": 0}, {}, "0 of 4 groups"),
     ("softmax_topk", 3, {"num_groups": 4}, {}, "1 of 4 groups hold fewer than top_k experts"),
     ("softmax_topk", 2, {}, {"capacity_factor": 0.0}, "a capacity factor must be above 0"),
+    ("softmax_topk", 2, {}, {"capacity_factor": float("nan")}, "a capacity factor must be above 0"),
+    ("softmax_topk", 2, {}, {"capacity_factor": float("inf")}, "a capacity factor must be above 0"),
     ("softmax_topk", 2, {}, {"eval_capacity_factor": -1.0}, "must be above 0"),
     ("softmax_topk", 2, {}, {"jitter": 1.0}, "jitter 1.0"),
     ("softmax_topk", 2, {}, {"jitter": -0.1}, "choose one from 0 to below 1"),

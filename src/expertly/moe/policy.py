@@ -1,5 +1,6 @@
 """A routing policy: the rule with its options, and the capacity that limits it. Plain data."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from inspect import signature
@@ -108,7 +109,7 @@ def _group_problems(policy: Policy, num_experts: int) -> Iterator[tuple[str, str
 def _limit_problems(policy: Policy) -> Iterator[tuple[str, str]]:
     """What is wrong with capacity or jitter."""
     for factor in (policy.capacity_factor, policy.eval_capacity_factor):
-        if factor is not None and factor <= 0:
+        if factor is not None and not 0 < factor < math.inf:
             yield "a capacity factor must be above 0", "raise it, or null for dropless"
     if not 0 <= policy.jitter < 1:
         yield f"jitter {policy.jitter}", "choose one from 0 to below 1"

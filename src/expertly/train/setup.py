@@ -15,7 +15,7 @@ from expertly.data.cache import Encoder, TokenSet, cache_root, sources_key, toke
 from expertly.data.config import DataConfig
 from expertly.data.sources import domain_weights, expand, training_sample
 from expertly.errors import ExpertlyError
-from expertly.families import family_of, sizes
+from expertly.families import family_of, moe_layer_indices, sizes
 from expertly.folders import save_folder
 from expertly.models.attach import Attachment, attach
 from expertly.models.build import ModelShape, build_model, model_config, twin_config
@@ -124,7 +124,7 @@ def policy_of(raw: dict[str, Any], router: RouterConfig, saved: SavedPolicy | No
 
 def _routes(raw: dict[str, Any]) -> bool:
     """Whether there is a router in it: DeepSeek-V3's twin is its own class, all layers dense."""
-    return family_of(raw) is not None and sizes(raw).first_dense < raw["num_hidden_layers"]
+    return family_of(raw) is not None and bool(moe_layer_indices(raw))
 
 
 def pick_device(asked: str) -> str:
