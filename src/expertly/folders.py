@@ -86,6 +86,12 @@ def verify(folder: Path, *, hashes: bool = True) -> bool:
     return True
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, the highest step last."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
 def sha256(file: Path) -> str:
     """The file's sha256, in hexadecimal."""
     with file.open("rb") as stream:

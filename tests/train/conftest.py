@@ -5,21 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from expertly.config import load
 from expertly.models.attach import attach
 from expertly.models.layers import own_policy
 from expertly.train.config import TrainConfig
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Runs are equal to the bit for any one number of threads; tiny models are fastest with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
 from expertly.families import Family, family_of
-from expertly.folders import read_json
+from expertly.folders import checkpoints, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_LIMIT = 100 * 1024 * 1024  # bytes, safetensors' own
@@ -140,10 +140,9 @@ def _name_instead(folder: Path) -> str:
     name = folder.as_posix()
     if not folder.parent.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return f"hf download {name} --local-dir DIR, then name DIR"
-    saved = [file.parent for file in folder.glob("checkpoint-*/config.json")]
-    numbered = [path for path in saved if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
-    if numbered:
-        return f"name {max(numbered, key=lambda path: int(path.name[11:]))}"
+    saved = [path for path in checkpoints(folder) if (path / "config.json").is_file()]
+    if saved:
+        return f"name {saved[-1]}"
     return "name a Hugging Face model folder"
 
 

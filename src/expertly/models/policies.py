@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from expertly.errors import ExpertlyError
 from expertly.families import require_family, stock_keys
 from expertly.models.attach import Attachment, attach
-from expertly.moe.policy import Policy
+from expertly.moe.policy import Policy, rule_defaults
 from expertly.moe.routing import ROUTERS
 
 POLICY = Path("expertly") / "policy.safetensors"
@@ -115,8 +114,7 @@ def _in_full(policy: Policy, sayable: Collection[str]) -> dict[str, Any]:
 
     A default that the family's keys have no word for needs none.
     """
-    parameters = signature(ROUTERS[policy.router].route).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults = rule_defaults(ROUTERS[policy.router])
     full = {**{name: defaults[name] for name in sayable if name in defaults}, **policy.options}
     return {
         name: value

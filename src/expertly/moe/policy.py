@@ -68,7 +68,8 @@ def _rule_problems(policy: Policy, num_experts: int) -> Iterator[tuple[str, str]
 
 def _option_problems(policy: Policy) -> Iterator[tuple[str, str]]:
     """Options that the rule does not have, or with values that it cannot take."""
-    kinds = _options_of(ROUTERS[policy.router])
+    defaults = rule_defaults(ROUTERS[policy.router])
+    kinds = {name: type(default) for name, default in defaults.items()}
     for name, value in policy.options.items():
         if name not in kinds:
             yield f"no option {name}", nearest(name, kinds) if kinds else "leave options empty"
@@ -76,14 +77,14 @@ def _option_problems(policy: Policy) -> Iterator[tuple[str, str]]:
             yield f"option {name} is {value!r}", f"set {name} to {_WORDS[kinds[name]]}"
 
 
-def _options_of(router: Router) -> dict[str, type]:
-    """The options that a user may give a rule, with the types of their defaults.
+def rule_defaults(router: Router) -> dict[str, Any]:
+    """The options that a user may give a rule, with their defaults.
 
     They are its keyword arguments; the tensors among them have no default, or None.
     """
     parameters = signature(router.route).parameters.values()
     options = (p for p in parameters if p.kind is p.KEYWORD_ONLY)
-    return {p.name: type(p.default) for p in options if p.default not in (p.empty, None)}
+    return {p.name: p.default for p in options if p.default not in (p.empty, None)}
 
 
 def _fits(value: Any, kind: type) -> bool:

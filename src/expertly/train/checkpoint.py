@@ -1,6 +1,5 @@
 """A training checkpoint: a stock model folder, and in expertly/ all that steers the next step."""
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from expertly.errors import ExpertlyError
-from expertly.folders import read_json, save_folder, verify, write_json
+from expertly.folders import checkpoints, read_json, save_folder, verify, write_json
 from expertly.models.loading import Model, save_model
 from expertly.train.proof import Proof
 from expertly.train.setup import Job
@@ -51,8 +50,8 @@ def save_checkpoint(run: Path, job: Job, proof: Proof, progress: Progress) -> Pa
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the highest step in a run folder, or None."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _name(path))]
-    return max(found)[1] if found else None
+    found = checkpoints(run)
+    return found[-1] if found else None
 
 
 def verified_checkpoint(run: Path) -> Path | None:
@@ -91,10 +90,6 @@ def restore(checkpoint: Path, job: Job, proof: Proof) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _name(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name)
 
 
 def _moments(model: Model, optimizer: AdamW) -> dict[str, Tensor]:

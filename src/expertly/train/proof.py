@@ -33,7 +33,7 @@ class Proof:
     def add(self, counts: LayerCounts | None) -> None:
         """Count the assignments that one step's experts served."""
         if counts is not None:
-            self._received = self._received + counts.load.cpu()
+            self._received = self._received + counts.load
 
     def idle(self) -> int:
         """How many experts never received a token."""
@@ -115,7 +115,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _policy(job: Job) -> dict[str, Any]:
-    """The policy that the router learnt under, and who else can follow it (house rule 5)."""
+    """The policy that the router learnt under, and whether stock loaders follow it too."""
     if job.attachment is None or job.attachment.policy is None:
         return {}
     policy = job.attachment.policy
