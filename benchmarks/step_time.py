@@ -12,8 +12,9 @@ from pathlib import Path
 import expertly.cli
 from expertly.config import load
 from expertly.train.config import TrainConfig
-from expertly.train.loop import train_step
+from expertly.train.guard import Guard
 from expertly.train.setup import prepare
+from expertly.train.update import train_step
 from expertly.watch.recorder import Recorder
 
 DEMO = Path(expertly.cli.__file__).with_name("demo.yaml")
@@ -35,7 +36,7 @@ def main() -> None:
     for step in range(asked.rounds + 3):
         for name, (config, job, recorder) in jobs.items():
             started = time.perf_counter()
-            train_step(config, job, recorder, step)
+            train_step(config, job, recorder, Guard(config.optim), step)
             if step >= 3:  # the first steps allocate
                 seconds[name].append(time.perf_counter() - started)
     for name, values in seconds.items():

@@ -11,6 +11,19 @@ settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
+
+
+def pytest_addoption(parser):
+    parser.addoption("--stress", action="store_true", help="the full counts (make stress)")
+
+
+@pytest.fixture(scope="session")
+def count(request):
+    """count(sample, full): how many to try; the full number under --stress."""
+    stress = request.config.getoption("--stress")
+    return lambda sample, full: full if stress else sample
+
+
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 32,

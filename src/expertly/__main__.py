@@ -1,31 +1,35 @@
 """The command line's only door: run a verb, turn every error into one line and an exit code."""
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
+from types import FrameType
 
-from expertly.errors import ExpertlyError
+from expertly.errors import ExpertlyError, Stopped
+from expertly.memory import is_out_of_memory, memory_error
 
 DEBUG = "--debug"  # taken out before typer sees it, so that every verb has it
 
 
 def main() -> None:
     """Run `expertly ARGS` and exit with the code of the error contract (docs/errors.md)."""
+    signal.signal(signal.SIGTERM, _terminate)  # a verb that can save first sets its own
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
         code = _run(arguments)
         sys.stdout.flush()  # a reader that left is noticed here, not in the interpreter's exit
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         sys.stderr.write("expertly: stopped\n")
-        code = 130
+        code = 128 + getattr(stopped, "signum", signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:  # noqa: BLE001  the contract: a bug is one line and a report
         if DEBUG in sys.argv:
             traceback.print_exc()
-        said = error if isinstance(error, ExpertlyError) else _bug(error)
+        said = _said(error)
         sys.stderr.write(f"expertly: {said}\n")
         code = said.exit_code
     sys.exit(code)
@@ -52,6 +56,20 @@ def _run(arguments: list[str]) -> int:
         path = getattr(getattr(error, "ctx", None), "command_path", "expertly")
         raise ExpertlyError("E208", "command line", why, fix=f"see {path} --help") from error
     return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
+
+
+def _said(error: Exception) -> ExpertlyError:
+    """What the user is told of an error."""
+    if isinstance(error, ExpertlyError):
+        return error
+    if is_out_of_memory(error):
+        fix = "close other programs, or choose something smaller"
+        return memory_error("this machine", error, fix=fix)
+    return _bug(error)
 
 
 def _bug(error: Exception) -> ExpertlyError:

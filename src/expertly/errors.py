@@ -15,6 +15,9 @@ CODES = {
     "E206": "resume with a changed config or changed data",
     "E207": "optional package missing",
     "E208": "command line wrong",
+    "E209": "EXPERTLY_FAULT names no known fault",
+    "E210": "folder in use by another process",
+    "E211": "output folder not writable",
     "E301": "file or tensor missing, truncated or of the wrong size",
     "E302": "sha256 mismatch",
     "E303": "data source missing or empty",
@@ -23,8 +26,13 @@ CODES = {
     "E306": "model family unknown",
     "E307": "no tokenizer",
     "E310": "pickle refused",
+    "E311": "chat template refused",
     "E401": "disk full or not writable",
+    "E402": "out of memory",
     "E501": "training unhealthy: loss or gradient is not a number",
+    "E502": "training unhealthy: the loss jumped",
+    "E503": "training unhealthy: a router collapsed",
+    "E504": "a router was not watched: its hook did not fire",
     "E999": "a bug in expertly",
 }
 _EXIT = {"1": 1, "2": 2, "3": 3, "4": 4, "5": 5, "9": 6}
@@ -43,6 +51,14 @@ class ExpertlyError(Exception):
     def exit_code(self) -> int:
         """The process's exit status: 1 check, 2 usage, 3 input, 4 machine, 5 training, 6 bug."""
         return _EXIT[self.code[1]]
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C ended the job; the process's exit status is 128 + signum."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+        super().__init__(signum)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -18,23 +18,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from expertly.errors import ExpertlyError
+from expertly.faults import strike
+from expertly.memory import size
 
 MANIFEST = "MANIFEST.json"
 
 
-def save_folder(target: Path, write: Callable[[Path], None]) -> Path:
+def save_folder(target: Path, write: Callable[[Path], None], *, need: int = 0) -> Path:
     """Have `write` fill a hidden folder beside `target`, then make it visible in one rename.
 
-    Returns the target. Raises E205 when it exists, E401 when the disk refuses; then nothing is
-    left behind. `write` reads its inputs beforehand: an OSError in it counts as the disk's.
+    Returns the target. need: the bytes it will take, where known; a full disk's E401 tells them.
+    Raises E205 when it exists, E401 when the disk refuses; then nothing is left behind. `write`
+    reads its inputs beforehand: an OSError in it counts as the disk's.
     """
     if os.path.lexists(target):
         raise _in_the_way(target)
-    with _hidden(target) as hidden:
+    with _hidden(target, need) as hidden:
         hidden.mkdir()
+        strike("save.begun", target.name)
         write(hidden)
+        strike("save.written", target.name)
         _seal(hidden)
+        strike("save.sealed", target.name)
         os.rename(hidden, target)
+        strike("save.renamed", target.name)
         _sync(target.parent)
     return target
 
@@ -44,12 +51,20 @@ def save_file(target: Path, text: str) -> Path:
 
     Returns the target, which may have existed. Raises E401 when the disk refuses.
     """
-    with _hidden(target) as hidden:
+    with _hidden(target, len(text)) as hidden:
         hidden.write_text(text, encoding="utf-8")
         _sync(hidden)
         os.replace(hidden, target)
         _sync(target.parent)
     return target
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably; no error when it is there. Raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -115,21 +130,37 @@ def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def disk_error(path: Path, error: OSError) -> ExpertlyError:
-    """The E401 for a write that the operating system refused."""
-    why = os.strerror(error.errno) if error.errno else str(error)
+def disk_error(path: Path, error: OSError, need: int = 0) -> ExpertlyError:
+    """The E401 for a write that the operating system refused. need: its bytes, where known."""
+    why = (os.strerror(error.errno) if error.errno else str(error)).lower()
     fix = "free space or name another output folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        why = _no_room(path, need)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         fix = "name an output folder that you may write to"
-    return ExpertlyError("E401", str(path), why.lower(), fix=fix)
+    if error.errno == errno.EFBIG:
+        fix = "raise the limit on file sizes (ulimit -f)"
+    return ExpertlyError("E401", str(path), why, fix=fix)
+
+
+def _no_room(path: Path, need: int) -> str:
+    """What a full disk lacks: bytes, or entries for further files."""
+    try:
+        there = os.statvfs(next(folder for folder in path.parents if folder.is_dir()))
+    except OSError:
+        return "disk full"
+    if there.f_files and not there.f_favail:
+        return "disk full: no room for another file (no inodes left)"
+    have = size(there.f_bavail * there.f_frsize)
+    return f"disk full: need {size(need)}, have {have}" if need else f"disk full: have {have}"
 
 
 @contextmanager
-def _hidden(target: Path) -> Iterator[Path]:
+def _hidden(target: Path, need: int = 0) -> Iterator[Path]:
     """A hidden name beside the target for work in progress, gone again when the work fails."""
     hidden = target.parent / f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
-        _make(target.parent)
+        make_folder(target.parent)
         _sweep(target.parent)
         _discard(hidden)
         yield hidden
@@ -140,7 +171,7 @@ def _hidden(target: Path) -> Iterator[Path]:
             raise
         # rename says ENOTEMPTY when somebody else saved this target while we wrote
         late = refusal.errno == errno.ENOTEMPTY
-        raise (_in_the_way(target) if late else disk_error(target, refusal)) from error
+        raise (_in_the_way(target) if late else disk_error(target, refusal, need)) from error
 
 
 def _in_the_way(target: Path) -> ExpertlyError:
@@ -153,14 +184,6 @@ def _refusal(error: BaseException) -> OSError | None:
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
-
-
-def _make(folder: Path) -> None:
-    """Create a folder and its parents, durably."""
-    if not folder.is_dir():
-        _make(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
 
 
 def _sweep(parent: Path) -> None:

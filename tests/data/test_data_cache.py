@@ -10,7 +10,7 @@ import pytest
 
 from expertly import folders
 from expertly.data import cache
-from expertly.data.cache import Encoder, cache_root, token_sets
+from expertly.data.cache import Encoder, Rule, cache_root, token_sets
 from expertly.data.config import Source
 from expertly.errors import ExpertlyError
 
@@ -66,6 +66,7 @@ def test_each_document_ends_and_lies_on_one_side(tmp_path, rows):
         "bytes": sum(map(len, train + held_out)),
         "duplicates": 2,
         "undecodable": 0,
+        "bad": 0,
     }
 
 
@@ -103,14 +104,16 @@ def test_an_edited_file_is_encoded_again(tmp_path, rows):
         pytest.param({"column": "body"}, id="column"),
         pytest.param({"eval": True}, id="eval"),
         pytest.param({"eval_fraction": 0.1}, id="eval_fraction"),
+        pytest.param({"skip_bad": True}, id="skip_bad"),
         pytest.param({"fingerprint": "other"}, id="tokenizer"),
         pytest.param({"end_of_text": 0}, id="end of text"),
     ],
 )
 def test_whatever_decides_the_tokens_is_in_the_key(rows, change):
-    def key(column="text", eval=False, eval_fraction=0.05, **encoder):
+    def key(column="text", eval=False, eval_fraction=0.05, skip_bad=False, **encoder):
         source = Source(path=str(rows), column=column, eval=eval)
-        return cache.cache_key([source], Bytes().encoder._replace(**encoder), eval_fraction)
+        rule = Rule(eval_fraction, skip_bad)
+        return cache.cache_key([source], Bytes().encoder._replace(**encoder), rule)
 
     assert key() == key()
     assert key(**change) != key()
@@ -127,6 +130,29 @@ def test_a_truncated_cache_is_made_again(tmp_path, rows):
     (file.parent / folders.MANIFEST).unlink()
     (third,) = make(tmp_path, tokenizer, Source(path=str(rows)))
     assert np.array_equal(third.train, tokens)
+
+
+def test_bad_rows_are_left_out_and_counted_where_that_is_asked(tmp_path, rows):
+    good = rows.read_text()
+    rows.write_text(good + '{"text": \n{"text": "\\ud800"}\n{"texts": "x"}\n')
+    source = Source(path=str(rows))
+    with pytest.raises(ExpertlyError, match=rf"error\[E304\] {rows}:303: is not JSON"):
+        make(tmp_path, Bytes(), source)
+    assert not list((tmp_path / "cache").iterdir())
+    (made,) = make(tmp_path, Bytes(), source, skip_bad=True)
+    assert made.counts["bad"] == 3
+    assert made.counts["documents"] + made.counts["held_out_documents"] == 300
+    tokenizer = Bytes()
+    (again,) = make(tmp_path, tokenizer, source, skip_bad=True)
+    assert (again.counts, tokenizer.calls) == (made.counts, 0)
+    with pytest.raises(ExpertlyError, match="E304"):  # what was skipped is not forgotten
+        make(tmp_path, Bytes(), source)
+
+
+def test_rows_that_are_all_bad_are_no_data(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{\n{\n")
+    with pytest.raises(ExpertlyError, match=r"error\[E303\] domain a: .*2 undecodable"):
+        make(tmp_path, Bytes(), Source(path=str(tmp_path / "a.jsonl")), skip_bad=True)
 
 
 def test_the_slower_of_two_processes_uses_the_other_ones_folder(tmp_path, rows, monkeypatch):

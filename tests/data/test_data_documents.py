@@ -13,10 +13,11 @@ from expertly.data.sources import open_source
 from expertly.errors import ExpertlyError
 
 
-def read(path, **fields):
+def read(path, *, skip_bad=False, **fields):
     skipped = []
     corpus = open_source(Source(path=str(path), **fields))
-    documents = list(corpus.read(lambda name, why: skipped.append((name, why))))
+    told = corpus.read(lambda name, why: skipped.append((name, why)), skip_bad=skip_bad)
+    documents = list(told)
     return documents, skipped
 
 
@@ -130,6 +131,33 @@ def test_a_bad_json_line_is_named_with_its_fix(tmp_path, line, why, fix):
     assert (error.code, error.what) == ("E304", f"{file}:2")
     assert why in error.why
     assert fix in error.fix
+
+
+def test_an_empty_file_of_rows_is_named(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    error = refusal(tmp_path / "a.jsonl")
+    assert (error.code, error.what, error.why) == ("E304", f"{tmp_path / 'a.jsonl'}:1", "is empty")
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b'\n{"text": "c"}'])
+def test_a_line_too_long_is_named_and_what_follows_is_read(tmp_path, monkeypatch, end):
+    monkeypatch.setattr("expertly.data.documents._LONGEST_LINE", 40)
+    fits = b'{"text": "' + b"b" * 28 + b'"}'
+    for length in (41, 79, 80, 81, 82, 123, 400):
+        file = tmp_path / "long.jsonl"
+        file.write_bytes(GOOD + b"\n" + b"x" * length + b"\n" + fits + end)
+        assert refusal(file).what == f"{file}:2"
+        documents, told = read(file, skip_bad=True)
+        assert [text for _, text in documents][:2] == ["good", "b" * 28]
+        assert len(documents) == 2 + end.count(b"c")
+        assert told == [(f"{file}:2", "bad")]
+
+
+def test_bad_rows_of_parquet_are_skipped_where_that_is_asked(tmp_path):
+    file = write_parquet(tmp_path / "p.parquet", text=["a", None, "b"])
+    documents, told = read(file, skip_bad=True)
+    assert [text for _, text in documents] == ["a", "b"]
+    assert told == [(f"{file}:2", "bad")]
 
 
 def test_bad_parquet_is_named_with_its_fix(tmp_path):

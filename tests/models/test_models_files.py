@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from expertly.errors import ExpertlyError
-from expertly.models.files import read_config, read_header, weight_files
+from expertly.models.files import check_layers, read_header, read_headers, weight_files
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -153,59 +153,6 @@ def test_no_bytes_raise_anything_else(place, noise, at):
         assert error.code == "E301"
 
 
-# --- config.json -------------------------------------------------------------------------------
-
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "intermediate_size": 16,
-}
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(sorted(MIXTRAL)), JSON | st.integers(-(2**70), 2**70))
-@example("num_hidden_layers", 2**63)
-@example("model_type", ["mixtral"])
-def test_no_config_raises_anything_else(place, key, value):
-    (place.parent / "config.json").write_text(json.dumps({**MIXTRAL, key: value}))
-    try:
-        read_config(place.parent)
-    except ExpertlyError as error:
-        assert error.code == "E305"
-        assert key in str(error)
-
-
-def test_a_config_names_the_field_and_what_is_allowed(tmp_path):
-    def said(**changes):
-        (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL, **changes}))
-        with pytest.raises(ExpertlyError) as error:
-            read_config(tmp_path)
-        assert (error.value.code, error.value.exit_code) == ("E305", 3)
-        return error.value.why
-
-    assert said(num_experts_per_tok=9) == "num_experts_per_tok is 9, but there are 8 experts"
-    assert said(num_hidden_layers=-1).endswith("is -1, expected a whole number from 1 to 10000")
-    assert said(num_local_experts="8").startswith("num_local_experts is '8', expected")
-
-
-def test_a_folder_without_a_config_is_no_model(tmp_path):
-    for folder, why in ((tmp_path, "no config.json"), (tmp_path / "no", "no such folder")):
-        with pytest.raises(ExpertlyError, match=why) as error:
-            read_config(folder)
-        assert error.value.code == "E305"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\udcff", "[" * 100_000])
-def test_a_config_that_is_no_json_object_is_one_line(text, tmp_path):
-    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ExpertlyError) as error:
-        read_config(tmp_path)
-    assert error.value.code == "E301"
-
-
 # --- Weight files ------------------------------------------------------------------------------
 
 
@@ -242,7 +189,17 @@ def test_an_index_that_lies_is_refused(weight_map, tmp_path):
     assert error.value.code == "E301"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "model.pt",
+        "consolidated.00.pth",
+        "last.ckpt",
+        ".metadata",
+        "model.pkl",
+    ],
+)
 def test_pickles_alone_are_refused(name, tmp_path):
     (tmp_path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(ExpertlyError, match="sandbox") as error:
@@ -254,3 +211,48 @@ def test_nothing_at_all_is_no_model(tmp_path):
     with pytest.raises(ExpertlyError) as error:
         weight_files(tmp_path)
     assert error.value.code == "E305"
+
+
+def test_an_adapter_is_no_whole_model(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "../evil"}')
+    with pytest.raises(ExpertlyError, match="FIX: merge the adapter") as error:
+        weight_files(tmp_path)
+    assert error.value.code == "E305"
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x": torch.zeros(1), name: torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(ExpertlyError, match="x is in 2 of its files") as error:
+        read_headers(tmp_path)
+    assert error.value.code == "E301"
+
+
+# --- What config.json promises -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lost", "changes", "said"),
+    [
+        ("layers.1.block_sparse_moe.gate", {}, "the router model.layers.1.block_sparse_moe.gate"),
+        ("layers.1.block_sparse_moe.experts.3.w1", {}, "experts.3.w1.weight is missing"),
+        ("layers.1", {}, "config.json says 2 layers, the weights hold 1"),
+        ("nothing", {"num_hidden_layers": 9_999}, "says 9999 layers, the weights hold 2"),
+        ("nothing", {"num_local_experts": 7}, "config.json says 7 experts"),
+    ],
+)
+def test_what_is_promised_must_be_there(lost, changes, said, tiny_folder):
+    folder = tiny_folder("mixtral")
+    tensors = [tensor for tensor in read_headers(folder) if lost not in tensor.name]
+    config = json.loads((folder / "config.json").read_text()) | changes
+    with pytest.raises(ExpertlyError) as error:
+        check_layers(folder, config, tensors)
+    assert error.value.code == "E301"
+    assert said in error.value.why
+
+
+def test_a_dense_model_promises_layers_alone(tiny_folder):
+    tensors = read_headers(tiny_folder("mixtral"))
+    check_layers(tiny_folder("mixtral"), {"model_type": "x", "num_hidden_layers": 2}, tensors)
+    check_layers(tiny_folder("mixtral"), {"model_type": "x"}, tensors)

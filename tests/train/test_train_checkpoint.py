@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expertly import receipts
 from expertly.data.batches import eval_batches
 from expertly.errors import ExpertlyError
+from expertly.folders import save_folder, write_json
 from expertly.models.loading import open_model
 from expertly.train import loop
-from expertly.train.checkpoint import latest_checkpoint, read_progress, verified_checkpoint
+from expertly.train.checkpoint import read_progress, whole_checkpoint
 from expertly.train.proof import Proof
 from expertly.train.setup import prepare, tokenize
 from expertly.watch.stats import LayerCounts
@@ -59,7 +60,7 @@ def test_contents(trained):
     """House rule 2."""
     _, job, result = trained
     run = result.run
-    assert {file.name for file in run.iterdir()} == {
+    assert {file.name for file in run.glob("[!.]*")} == {
         "config.yaml",
         "metrics.jsonl",
         "receipt.json",
@@ -69,9 +70,9 @@ def test_contents(trained):
     stock = {"config.json", "generation_config.json", "model.safetensors"}
     assert stock | {"tokenizer.json", "tokenizer_config.json", "MANIFEST.json", "expertly"} <= top
     state = {"optimizer.safetensors", "random.safetensors", "progress.json"}
-    proof = {"proof.safetensors"} if job.attachment else set()
+    proof = {"proof.safetensors", "alarms.safetensors"} if job.attachment else set()
     assert {file.name for file in (result.checkpoint / "expertly").iterdir()} == state | proof
-    for file in (each for each in run.rglob("*") if each.is_file()):
+    for file in (each for each in run.rglob("[!.]*") if each.is_file()):
         assert file.suffix in {".json", ".jsonl", ".yaml", ".safetensors", ".jinja"}, "no pickle"
         if file.suffix == ".safetensors":
             load_file(file)
@@ -176,12 +177,28 @@ def test_experts_that_do_not_learn_fail_the_receipt(configure, tmp_path):
         loop.run(configure(tmp_path / "run", *tiny_rate))
 
 
-def test_the_latest_is_the_one_with_the_highest_step(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
-    assert verified_checkpoint(tmp_path) is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", ".checkpoint-99.host.1.tmp"):
+def test_the_newest_is_the_one_with_the_highest_step(tmp_path):
+    assert whole_checkpoint(tmp_path, print) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11"):
+        save_folder(tmp_path / name, lambda folder: write_json(folder / "a.json", {}))
+    for name in ("checkpoint-x", ".checkpoint-99.host.1.tmp", "checkpoint-12.damaged"):
         (tmp_path / name).mkdir()
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert whole_checkpoint(tmp_path, print) == tmp_path / "checkpoint-11"
+
+
+def test_damaged_ones_are_said_kept_aside_and_passed_over(tmp_path):
+    for name in ("checkpoint-8", "checkpoint-9", "checkpoint-10"):
+        save_folder(tmp_path / name, lambda folder: write_json(folder / "a.json", {"is": 1}))
+    (tmp_path / "checkpoint-10.damaged").mkdir()
+    (tmp_path / "checkpoint-10" / "MANIFEST.json").unlink()
+    (tmp_path / "checkpoint-9" / "a.json").write_text('{\n  "is": 2\n}\n')
+    said = []
+    assert whole_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-8"
+    assert "its MANIFEST.json is missing. Kept as checkpoint-10.damaged1" in said[0]
+    assert "sha256 mismatch. Kept as checkpoint-9.damaged" in said[1]
+    assert "going on from checkpoint-8" in said[2]
+    left = {path.name.removeprefix("checkpoint-") for path in tmp_path.iterdir()}
+    assert left == {"8", "9.damaged", "10.damaged", "10.damaged1"}
 
 
 def test_held_out_loss_is_the_saved_models(trained):

@@ -44,10 +44,12 @@ def test_tensorboard_tags_and_what_a_stopped_run_left_there(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = RunLog(tmp_path, max_steps=9, tensorboard=True)
+    log.begin(None)
     for step in (3, 4, 5):
         log.metrics({**RECORD, "step": step})
     log.close()
-    log = RunLog(tmp_path, max_steps=9, at=4, tensorboard=True)
+    log = RunLog(tmp_path, max_steps=9, tensorboard=True)
+    log.begin(4)
     log.metrics({**RECORD, "step": 5, "train": {"loss": 1.5}})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

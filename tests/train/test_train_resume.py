@@ -53,9 +53,9 @@ def stopped_at(step: int, run: Path, target: Path) -> Path:
     return target
 
 
-def told(run: Path) -> list[dict]:
-    """A run's metrics without the clock's."""
-    records = read_records(run / METRICS)
+def told(run: Path, file: str = METRICS) -> list[dict]:
+    """A run's records without the clock's numbers."""
+    records = read_records(run / file)
     for record in records:
         del record["seconds"]
         record.get("train", {}).pop("tokens_per_second", None)
@@ -77,8 +77,7 @@ def test_resumed_is_unbroken_to_the_bit(unbroken, step, tmp_path, configure):
     assert told(run) == told(whole.run)
     steps = [record["step"] for record in told(run) if "train" in record]
     assert steps == list(range(1, 13)), "each step once"
-    loads = [[r["step"], r["load"]] for r in read_records(run / ROUTER)]
-    assert loads == [[r["step"], r["load"]] for r in read_records(whole.run / ROUTER)]
+    assert told(run, ROUTER) == told(whole.run, ROUTER)
     assert (resumed.loss, resumed.domains) == (whole.loss, whole.domains)
     ours, theirs = receipts.read(run), receipts.read(whole.run)
     assert ours.verdict == "pass"
@@ -100,17 +99,17 @@ def test_a_finished_run_returns_as_it_did(unbroken, tmp_path, configure):
     assert receipts.read(run).changed == receipts.read(whole.run).changed
 
 
-class Stopped(Exception):
+class Gone(Exception):
     """The machine went away."""
 
 
 def stop_after(step: int, monkeypatch) -> None:
     real = loop.train_step
 
-    def train_step(config, job, recorder, at):
+    def train_step(config, job, recorder, guard, at):
         if at == step:
-            raise Stopped
-        return real(config, job, recorder, at)
+            raise Gone
+        return real(config, job, recorder, guard, at)
 
     monkeypatch.setattr(loop, "train_step", train_step)
 
@@ -118,7 +117,7 @@ def stop_after(step: int, monkeypatch) -> None:
 def test_a_stop_between_checkpoints(unbroken, tmp_path, configure, monkeypatch):
     overrides, whole = unbroken
     config = configure(tmp_path / "run", *overrides)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch, pytest.raises(Gone):
         stop_after(5, patch)
         loop.run(config)
     assert read_records(tmp_path / "run" / METRICS)[-1]["step"] == 5
@@ -136,7 +135,7 @@ def short(tmp_path, configure):
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(short, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch, pytest.raises(Gone):
         stop_after(1, patch)
         loop.run(short())
     result = loop.run(short(), resume=True)
@@ -146,19 +145,26 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(short, monkeypatc
 
 def test_a_folder_with_a_run_in_it_is_left_alone(short):
     result = loop.run(short())
-    before = {file: file.stat().st_mtime_ns for file in result.run.rglob("*")}
+    before = {file: file.stat().st_mtime_ns for file in result.run.rglob("[!.]*")}
     with pytest.raises(ExpertlyError, match=r"E205.*holds a run already.*--resume"):
         loop.run(short())
-    assert {file: file.stat().st_mtime_ns for file in result.run.rglob("*")} == before
+    assert {file: file.stat().st_mtime_ns for file in result.run.rglob("[!.]*")} == before
     (result.run / loop.CONFIG).unlink()
     with pytest.raises(ExpertlyError, match=r"E205.*holds a run already"):
         loop.run(short())
 
 
-def test_nothing_to_resume(short, tmp_path):
-    with pytest.raises(ExpertlyError, match=r"E205.*holds no run to resume"):
+def test_nothing_to_resume_is_a_beginning_and_said(short, capsys):
+    """A job that is started again and again with the same command needs no special first time."""
+    assert loop.run(short(), resume=True).steps == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_checkpoints_without_their_config_are_not_begun_again(short):
+    result = loop.run(short())
+    (result.run / loop.CONFIG).unlink()
+    with pytest.raises(ExpertlyError, match=r"E205.*put its config.yaml back"):
         loop.run(short(), resume=True)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_changed_config_is_refused_with_every_difference(short, tmp_path):
@@ -197,7 +203,7 @@ def test_changed_data_is_refused(tmp_path, texts, configure):
         pytest.param("MANIFEST.json", "E301", id="no manifest"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused(short, name, code):
+def test_without_a_whole_checkpoint_nothing_begins_again(short, name, code):
     result = loop.run(short())
     file = result.checkpoint / name
     if code == "E302":
@@ -206,7 +212,8 @@ def test_a_damaged_checkpoint_is_refused(short, name, code):
         file.write_bytes(damaged)
     else:
         file.unlink()
-    with pytest.raises(ExpertlyError, match=rf"{code}.*FIX: delete .*checkpoint-2") as caught:
+    fix = "copy one back, or delete all in .* to start from the beginning"
+    with pytest.raises(ExpertlyError, match=f"{code}.*FIX: {fix}") as caught:
         loop.run(short(), resume=True)
     assert caught.value.exit_code == 3
 
@@ -215,13 +222,6 @@ def test_a_config_that_had_to_be_corrected_finds_the_folder_free(short):
     with pytest.raises(ExpertlyError, match="E204"):
         loop.run(short("router.top_k=5"))
     assert loop.run(short()).steps == 2
-
-
-def test_a_run_that_blows_up_says_so(short, monkeypatch):
-    monkeypatch.setattr(loop, "clip", lambda model, limit: float("nan"))
-    with pytest.raises(ExpertlyError, match=r"E501.*gradient norm nan at step 1") as caught:
-        loop.run(short())
-    assert caught.value.exit_code == 5
 
 
 def test_an_expert_without_tokens_fails_the_receipt(short):

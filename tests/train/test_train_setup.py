@@ -11,8 +11,9 @@ from expertly.data import sources as sources_of_data
 from expertly.data.sources import expand
 from expertly.errors import ExpertlyError
 from expertly.train import loop, setup
-from expertly.train.loop import train_step
+from expertly.train.guard import Guard
 from expertly.train.setup import pick_device, prepare
+from expertly.train.update import train_step
 from expertly.watch.recorder import Recorder
 from expertly.watch.stats import watch_set
 
@@ -181,19 +182,23 @@ def test_activation_checkpointing_keeps_the_routers_gradients(configure, tmp_pat
     for asked in ("false", "true"):
         config = configure(tmp_path, f"gradient_checkpointing={asked}", "router_aux_loss_coef=10")
         job = prepare(config, None, quiet)
-        norms.append(train_step(config, job, Recorder(job.attachment.rule), 0).grad_norm)
+        recorder, guard = Recorder(job.attachment.rule), Guard(config.optim)
+        norms.append(train_step(config, job, recorder, guard, 0).grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_every_step_carries_the_routers_health(configure, tmp_path):
     config = configure(tmp_path, "logging_steps=100")
     job = prepare(config, None, quiet)
-    steps = [train_step(config, job, Recorder(job.attachment.rule), at) for at in range(2)]
+    steps = [
+        train_step(config, job, Recorder(job.attachment.rule), Guard(config.optim), at)
+        for at in range(2)
+    ]
     for step in steps:
         assert step.health == watch_set(step.counts, job.attachment.biases())
     assert steps[0].health != steps[1].health
     twin = configure(tmp_path, "model.twin=true")
-    assert train_step(twin, prepare(twin, None, quiet), None, 0).health is None
+    assert train_step(twin, prepare(twin, None, quiet), None, Guard(twin.optim), 0).health is None
 
 
 def test_bf16_and_dropout_run(configure, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expertly.errors import ExpertlyError
 from expertly.moe.losses import Totals, balance_counts, load_balancing_loss, probabilities, z_loss
 from expertly.moe.policy import Policy, decide
 from expertly.moe.routing import Tokens
@@ -56,7 +57,7 @@ def test_micro_batches_add_up_to_one_batch_and_a_read_starts_again():
     assert torch.equal(split.load, whole.load) and torch.equal(split.chosen, whole.chosen)
     for a, b in zip(split, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # summed in float32
-    with pytest.raises(AssertionError, match="no hook fired"):
+    with pytest.raises(ExpertlyError, match="E504"):
         recorder.read()
 
 
@@ -109,6 +110,15 @@ def test_an_empty_micro_batch_adds_nothing():
     recorder.add(*batch(rows=slice(0, 0)))
     both = recorder.read()
     assert isinstance(both, LayerCounts) and both.tokens == TOKENS
+
+
+def test_a_read_over_ranks_is_their_sum():
+    recorder = Recorder("softmax_topk")
+    recorder.add(*batch())
+    alone = count_decisions(*batch(), "softmax_topk")
+    counts = recorder.read(lambda tensors: [2 * values for values in tensors])
+    assert isinstance(counts, LayerCounts)
+    assert all(torch.equal(two, 2 * one) for two, one in zip(counts, alone, strict=True))
 
 
 def test_what_is_read_lies_on_the_cpu():

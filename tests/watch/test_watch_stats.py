@@ -4,8 +4,17 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from expertly.watch.stats import LayerCounts, layer_stats, watch_set
+from expertly.watch.stats import (
+    LayerCounts,
+    divergence,
+    layer_stats,
+    overlap,
+    specialisation,
+    watch_set,
+)
 
 
 def counts_of(load, *, tokens=None, chosen=None, mass=None, probs=None, confidence=0.0, log_z=0.0):
@@ -104,3 +113,49 @@ def test_nothing_counted_gives_finite_numbers_and_no_drops():
 def test_a_single_expert_is_always_even():
     stats = watch_set(counts_of([[7.0]]))
     assert (stats["entropy_norm"], stats["mass_entropy_norm"], stats["max_load_ratio"]) == (1, 1, 1)
+
+
+def shannon(share):
+    return -sum(p * math.log(p) for p in share if p > 0)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 5), st.integers(1, 6))
+def test_specialisation_is_the_divergence_written_out(seed, domains, experts):
+    load = torch.randint(0, 9, (domains, 2, experts), generator=torch.Generator().manual_seed(seed))
+    load[..., 0] += 1  # every domain has a token in every layer
+    found = specialisation(load.double())
+    for layer in range(2):
+        shares = [[n / sum(row) for n in row] for row in load[:, layer].tolist()]
+        mean = [sum(column) / domains for column in zip(*shares, strict=True)]
+        by_hand = shannon(mean) - sum(map(shannon, shares)) / domains
+        assert found[layer].item() == pytest.approx(by_hand / math.log(domains), abs=1e-9)
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_specialisation_from_alike_to_disjoint():
+    alike, disjoint = [[8.0, 2.0, 0.0]], [[0.0, 0.0, 5.0]]
+    load = torch.tensor([[*alike, *alike], [*alike, *disjoint]], dtype=torch.float64) * 3
+    assert specialisation(load).tolist() == pytest.approx([0, 1])
+    load[0] *= 100  # a domain's size does not matter
+    assert specialisation(load).tolist() == pytest.approx([0, 1])
+    nothing = torch.zeros(1, 2, 3, dtype=torch.float64)
+    assert specialisation(torch.cat([load, nothing])).tolist() == pytest.approx([0, 1])
+    assert specialisation(load[:1]).tolist() == [0, 0]
+
+
+def test_the_divergence_of_two_loads():
+    a = torch.tensor([[4.0, 0.0], [3.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[0.0, 9.0], [3.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    half = (shannon([0.75, 0.25]) - shannon([0.5, 0.5]) / 2) / math.log(2)
+    assert divergence(a, b).tolist() == pytest.approx([1, 0, half])
+    assert torch.equal(divergence(a, b), divergence(b, a))
+
+
+def test_the_overlap_of_two_models_choices():
+    a = torch.tensor([[[0, 1], [2, 3], [0, 2], [1, 3]]])
+    b = torch.tensor([[[1, 0], [2, 0], [1, 3], [1, 3]]])
+    valid = torch.tensor([True, True, True, False])
+    assert overlap(a, b, valid).tolist() == pytest.approx([(2 + 1 + 0) / 6])
+    assert overlap(a, a, valid).tolist() == [1]
+    assert overlap(a, b[..., :1], valid).tolist() == pytest.approx([(1 + 1 + 0) / 6])
+    assert overlap(a, b, torch.zeros(4, dtype=torch.bool)).tolist() == [0]

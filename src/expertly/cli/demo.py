@@ -49,7 +49,7 @@ def health(run: Path, trained: "TrainResult") -> str:
     from expertly.watch.report import readings, spread
 
     rows = [["router", "now", "healthy"], *map(list, readings(trained.router or {}))]
-    loads = read_records(run / ROUTER)[-1]["load"]
+    loads = [record["load"] for record in read_records(run / ROUTER) if "load" in record][-1]
     bars = [f"layer {layer}  {spread(load)}" for layer, load in enumerate(loads)]
     title = "load of each expert (half height is an even share)"
     return "\n".join([table(rows), "", title, *bars])
@@ -58,13 +58,12 @@ def health(run: Path, trained: "TrainResult") -> str:
 def _train(run: Path, what: str, overrides: list[str]) -> "TrainResult":
     from expertly.config import load
     from expertly.train.config import TrainConfig
-    from expertly.train.loop import CONFIG
     from expertly.train.loop import run as train
 
     typer.echo(f"training {what} in {run}", err=True)
     given = [*overrides, f"output_dir={run}"]
     config = load(TrainConfig, Path(__file__).with_name("demo.yaml"), given)
-    return train(config, resume=(run / CONFIG).exists())
+    return train(config, resume=True)
 
 
 def _write(checkpoint: Path, prompt: str) -> str:

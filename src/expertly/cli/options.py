@@ -1,7 +1,6 @@
 """What several verbs share: the --json flag and how results are printed."""
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -10,20 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from expertly.watch.records import finite
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def print_json(result: Any) -> None:
     """A result for machines, on stdout; null for a number that JSON cannot say."""
-    typer.echo(json.dumps(_finite(result), indent=2, default=str))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    typer.echo(json.dumps(finite(result), indent=2, default=str))
 
 
 def command() -> str:

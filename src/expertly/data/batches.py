@@ -60,6 +60,11 @@ class Batches(Iterator[Batch]):
         domains = torch.tensor([index for index, _ in drawn])
         return Batch(torch.from_numpy(input_ids), domains)
 
+    @property
+    def drawn(self) -> int:
+        """How many rows were drawn since the beginning."""
+        return sum(self._drawn.values())
+
     def state(self) -> dict:
         """The position and what it belongs to; JSON-able, a line per domain."""
         drawn = {each.domain: self._drawn[index] for index, each in self._sets.items()}

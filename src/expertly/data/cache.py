@@ -20,7 +20,7 @@ from expertly.data.config import Source
 from expertly.data.sources import by_domain, open_source, pieces, split_documents
 from expertly.errors import ExpertlyError
 
-_FORMAT = 2  # raise it when the same files should give other tokens
+_FORMAT = 3  # raise it when the same files should give other tokens
 _COUNTS = (
     "documents",
     "tokens",
@@ -29,6 +29,7 @@ _COUNTS = (
     "bytes",
     "duplicates",
     "undecodable",
+    "bad",
 )
 # Characters per call of `encode`: a tokenizer needs about 100 bytes of memory for each.
 _BATCH = 1 << 20
@@ -43,6 +44,13 @@ class Encoder(NamedTuple):
     end_of_text: int  # put behind every document
     vocab_size: int  # every id is below it
     fingerprint: str  # changes whenever the ids would
+
+
+class Rule(NamedTuple):
+    """Which documents are left out of training."""
+
+    eval_fraction: float  # held out
+    skip_bad: bool = False  # unreadable rows are left out, instead of an E304
 
 
 class TokenSet(NamedTuple):
@@ -62,23 +70,26 @@ def token_sets(
     encoder: Encoder,
     *,
     eval_fraction: float = 0.05,
+    skip_bad: bool = False,
     cache_dir: str = "",
     progress: Progress | None = None,
 ) -> list[TokenSet]:
     """The tokens of every domain, read from the cache or made now.
 
-    Raises E303 for a source that is missing or has no documents, E304 for an unreadable row,
-    E401 when the cache cannot be written.
+    skip_bad: leave unreadable rows out and count them as `bad`. Raises E303 for a source that is
+    missing or has no documents, E304 for an unreadable row without skip_bad, E401 when the cache
+    cannot be written.
     """
     root = cache_root(cache_dir)
     domains = by_domain(sources)
     # All keys first: a missing source is reported before hours of tokenising, not after.
-    keys = {name: cache_key(group, encoder, eval_fraction) for name, group in domains.items()}
+    rule = Rule(eval_fraction, skip_bad)
+    keys = {name: cache_key(group, encoder, rule) for name, group in domains.items()}
     made = []
     for name, group in domains.items():
         folder = root / keys[name]
         if not _is_whole(folder):
-            _make(folder, name, group, encoder, eval_fraction, progress)
+            _make(folder, name, group, encoder, rule, progress)
         trains = any(not source.eval for source in group)
         made.append(_open(folder, name, _dtype(encoder), trains))
     return made
@@ -92,10 +103,10 @@ def cache_root(cache_dir: str = "") -> Path:
     return Path(base) / "expertly" / "tokens"
 
 
-def cache_key(sources: Sequence[Source], encoder: Encoder, eval_fraction: float) -> str:
-    """Sha256 over all that decides a domain's tokens: files, columns, tokenizer, held-out rule."""
+def cache_key(sources: Sequence[Source], encoder: Encoder, rule: Rule) -> str:
+    """Sha256 over all that decides a domain's tokens: files, columns, tokenizer, rule."""
     tokenizer = [encoder.fingerprint, encoder.end_of_text, _dtype(encoder).str]
-    return sources_key(sources, _FORMAT, eval_fraction, tokenizer)
+    return sources_key(sources, _FORMAT, *rule, tokenizer)
 
 
 def sources_key(sources: Sequence[Source], *parts: object) -> str:
@@ -124,17 +135,18 @@ def _make(
     domain: str,
     sources: Sequence[Source],
     encoder: Encoder,
-    eval_fraction: float,
+    rule: Rule,
     progress: Progress | None,
 ) -> None:
     def write(hidden: Path) -> None:
         counts = dict.fromkeys(_COUNTS, 0)
-        for counted in _tokenise(hidden, sources, encoder, eval_fraction):
+        for counted in _tokenise(hidden, sources, encoder, rule):
             counts |= counted
             if progress:
                 progress(domain, counts["documents"], counts["tokens"])
         if not counts["documents"] + counts["held_out_documents"]:
-            why = f"no readable document, {counts['undecodable']} undecodable"
+            unread = counts["undecodable"] + counts["bad"]
+            why = f"no readable document, {unread} undecodable"
             raise ExpertlyError("E303", f"domain {domain}", why, fix="add UTF-8 text to it")
         folders.write_json(hidden / "counts.json", counts)
 
@@ -153,11 +165,13 @@ class _Piece(NamedTuple):
 
 
 def _tokenise(
-    folder: Path, sources: Sequence[Source], encoder: Encoder, eval_fraction: float
+    folder: Path, sources: Sequence[Source], encoder: Encoder, rule: Rule
 ) -> Iterator[Counter[str]]:
     """Write train.bin and eval.bin; yields the running counts after each call of `encode`."""
     counts: Counter[str] = Counter()
-    documents = split_documents(sources, eval_fraction, lambda _, why: counts.update([why]))
+    documents = split_documents(
+        sources, rule.eval_fraction, lambda _, why: counts.update([why]), skip_bad=rule.skip_bad
+    )
     cut = (
         _Piece(text, held_out, ends_document=at == len(parts) - 1)
         for document, held_out in documents

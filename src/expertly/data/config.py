@@ -31,6 +31,7 @@ class DataConfig:
     vocab_size: int = 4096  # of a trained tokenizer
     eval_fraction: float = 0.05  # of the documents are held out, in whole percents
     eval_tokens: int = 65536  # at most, per domain and evaluation
+    skip_bad: bool = False  # leave unreadable rows out, and count them, instead of stopping
     cache_dir: str = ""  # of token files; "": $XDG_CACHE_HOME/expertly/tokens
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -6,9 +6,10 @@ First step of the walk of a batch. It does not know domains, tokenizers or held-
 import glob
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from expertly.errors import ExpertlyError, nearest
 
@@ -28,8 +29,14 @@ class File(NamedTuple):
     kind: str  # names the reader, see sources.READERS
 
 
+# What readers of rows give: a bad row is a value, so that it need not end the reading.
+Row = Document | ExpertlyError
+
 # Told (id, why) of each document that is left out; `why` is a key of TokenSet.counts.
 Skip = Callable[[str, str], None]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST_LINE = 64 * 2**20  # bytes: a longer one is a file of another kind
 
 _KINDS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet"}
 
@@ -101,19 +108,38 @@ def decode(file: File, skip: Skip) -> str:
     return text
 
 
-def read_lines(file: File, column: str, skip: Skip) -> Iterator[Document]:
-    """One document per JSON line. Raises E304 with file:line for a line that has no text."""
+def read_lines(file: File, column: str, skip: Skip) -> Iterator[Row]:
+    """One document per JSON line, or an E304 with file:line for a line that has no text."""
+    number = 0
     try:
         with file.path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    text = _text_in_line(line, column, f"{file.path}:{number}")
+            for number, line in enumerate(_lines(stream), start=1):
+                where = f"{file.path}:{number}"
+                try:
+                    text = _text_in_line(line, column, where) if line.strip() else " "
+                except ExpertlyError as error:
+                    yield error
+                else:
                     yield from rows([text], file.id, str(file.path), first=number)
     except OSError as error:
         raise unreadable(file.path, error) from error
+    if not number:
+        yield ExpertlyError("E304", f"{file.path}:1", "is empty", fix="leave the file out")
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, of one too long only its first part: it is never held whole."""
+    while line := stream.readline(_LONGEST_LINE + 1):
+        rest = line
+        while len(rest) > _LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(_LONGEST_LINE + 1)
+        yield line
 
 
 def _text_in_line(line: bytes, column: str, where: str) -> object:
+    if len(line.rstrip(b"\n")) > _LONGEST_LINE:
+        why = f"is longer than {_LONGEST_LINE // 2**20} MiB"
+        raise ExpertlyError("E304", where, why, fix="divide it, or leave the file out")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -128,8 +154,11 @@ def _text_in_line(line: bytes, column: str, where: str) -> object:
     return row[column]
 
 
-def read_parquet(file: File, column: str, skip: Skip) -> Iterator[Document]:
-    """One document per row, streamed. Raises E304 with file or file:row when it has no text."""
+def read_parquet(file: File, column: str, skip: Skip) -> Iterator[Row]:
+    """One document per row, streamed, or an E304 with file:row for a row that has no text.
+
+    Raises E304 for a file that is no parquet or lacks the column.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -149,23 +178,33 @@ def read_parquet(file: File, column: str, skip: Skip) -> Iterator[Document]:
         raise unreadable(file.path, error) from error
 
 
-def rows(values: list[object], name: str, where: str, first: int) -> Iterator[Document]:
+def rows(values: list[object], name: str, where: str, first: int) -> Iterator[Row]:
     """One document per value that is not blank; its id is `name:row`, counted from 1.
 
-    Raises E304 with `where:row` for a value that is no string or holds a lone surrogate.
+    An E304 with `where:row` for a value that is no string or holds a lone surrogate.
     """
     for row, value in enumerate(values, start=first):
+        at = f"{where}:{row}"
         if not isinstance(value, str):
             why = f"holds {type(value).__name__}, not a string"
             fix = "name a column of strings, or remove the row"
-            raise ExpertlyError("E304", f"{where}:{row}", why, fix=fix)
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            why = f"holds a lone surrogate at character {error.start}"
-            raise ExpertlyError("E304", f"{where}:{row}", why, fix="remove the row") from error
-        if value.strip():
+            yield ExpertlyError("E304", at, why, fix=fix)
+        elif found := _SURROGATE.search(value):
+            why = f"holds a lone surrogate at character {found.start()}"
+            yield ExpertlyError("E304", at, why, fix="remove the row")
+        elif value.strip():
             yield Document(f"{name}:{row}", value)
+
+
+def sound(read: Iterable[Row], skip: Skip, *, skip_bad: bool) -> Iterator[Document]:
+    """The documents alone. The first bad row is raised; with skip_bad all are told as `bad`."""
+    for row in read:
+        if isinstance(row, Document):
+            yield row
+        elif skip_bad:
+            skip(row.what, "bad")
+        else:
+            raise row
 
 
 def missing_column(where: str, column: str, known: list[str]) -> ExpertlyError:

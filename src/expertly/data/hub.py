@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertly.data.config import Source
-from expertly.data.documents import Document, missing_column, rows
+from expertly.data.documents import Row, missing_column, rows
 from expertly.errors import ExpertlyError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def stamp(table: "Dataset", source: Source) -> list[list[object]]:
     return [[source.path, source.split, table.num_rows], *stats]
 
 
-def read(table: "Dataset", source: Source) -> Iterator[Document]:
-    """One document per row; ids are NAME:SPLIT:ROW. Raises E304 for a row that has no text."""
+def read(table: "Dataset", source: Source) -> Iterator[Row]:
+    """One document per row, ids are NAME:SPLIT:ROW; an E304 for a row that has no text."""
     name = f"{Path(source.path.removeprefix(PREFIX)).name}:{source.split}"
     first = 1
     for batch in table.with_format("arrow").iter(batch_size=1024):

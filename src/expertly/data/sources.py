@@ -23,17 +23,19 @@ from expertly.data.config import Source
 from expertly.data.documents import (
     Document,
     File,
+    Row,
     Skip,
     find_files,
     glob_base,
     read_lines,
     read_parquet,
     read_text,
+    sound,
     unreadable,
 )
 from expertly.errors import ExpertlyError
 
-READERS: dict[str, Callable[[File, str, Skip], Iterator[Document]]] = {
+READERS: dict[str, Callable[[File, str, Skip], Iterable[Row]]] = {
     "text": read_text,
     "lines": read_lines,
     "parquet": read_parquet,
@@ -47,7 +49,11 @@ class Corpus(NamedTuple):
     """A source that was found: what changes when its contents do, and a way to read it."""
 
     stamp: list[list[object]]  # JSON-able
-    read: Callable[[Skip], Iterator[Document]]
+    rows: Callable[[Skip], Iterable[Row]]
+
+    def read(self, skip: Skip, *, skip_bad: bool = False) -> Iterator[Document]:
+        """Its documents. Raises E303, and E304 for a bad row unless skip_bad."""
+        return sound(self.rows(skip), skip, skip_bad=skip_bad)
 
 
 def expand(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
@@ -140,7 +146,7 @@ def _stamp(file: File) -> list[object]:
     return [file.id, file.kind, stat.st_size, stat.st_mtime_ns]
 
 
-def _read(files: Iterable[File], column: str, skip: Skip) -> Iterator[Document]:
+def _read(files: Iterable[File], column: str, skip: Skip) -> Iterator[Row]:
     for file in files:
         yield from READERS[file.kind](file, column, skip)
 
@@ -152,16 +158,16 @@ def is_held_out(document_id: str, eval_fraction: float) -> bool:
 
 
 def split_documents(
-    sources: Sequence[Source], eval_fraction: float, skip: Skip
+    sources: Sequence[Source], eval_fraction: float, skip: Skip, *, skip_bad: bool = False
 ) -> Iterator[tuple[Document, bool]]:
     """The documents of one domain, each with whether it is held out; equal texts come once.
 
-    A copy is left out as `duplicates`. Sources with `eval` go first, so that their documents
-    never come back as training documents.
+    A copy is left out as `duplicates`, with skip_bad an unreadable row as `bad`. Sources with
+    `eval` go first, so that their documents never come back as training documents.
     """
     seen = set()
     for source in sorted(sources, key=lambda source: not source.eval):
-        for document in open_source(source).read(skip):
+        for document in open_source(source).read(skip, skip_bad=skip_bad):
             # half a sha256: collisions stay out of reach and large corpora in memory
             digest = hashlib.sha256(document.text.encode("utf-8")).digest()[:16]
             if digest in seen:
@@ -181,7 +187,9 @@ def pieces(text: str, limit: int) -> Iterator[str]:
     yield text[start:]
 
 
-def training_sample(sources: Iterable[Source], limit_bytes: int, eval_fraction: float) -> list[str]:
+def training_sample(
+    sources: Iterable[Source], limit_bytes: int, eval_fraction: float, *, skip_bad: bool = False
+) -> list[str]:
     """An even, repeatable sample of the training documents, for training a tokenizer.
 
     It holds all of them when they fit in `limit_bytes` (of UTF-8), otherwise about half of the
@@ -190,7 +198,8 @@ def training_sample(sources: Iterable[Source], limit_bytes: int, eval_fraction: 
     kept: list[str] = []
     size, stride, number = 0, 1, 0
     for domain in by_domain(sources).values():
-        for document, held_out in split_documents(domain, eval_fraction, lambda *_: None):
+        documents = split_documents(domain, eval_fraction, lambda *_: None, skip_bad=skip_bad)
+        for document, held_out in documents:
             for piece in () if held_out else pieces(document.text, 16384):
                 if number % stride == 0:
                     kept.append(piece)

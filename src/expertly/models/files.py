@@ -1,7 +1,8 @@
-"""A model folder's files, checked before they are believed: config, index, safetensors headers.
+"""A model folder's weight files, checked before they are believed: index, safetensors headers.
 
-A folder may come from anywhere, so whatever is in it becomes a value or an ExpertlyError. Needs
-neither torch nor transformers; loads no weights.
+A folder may come from anywhere, so whatever is in it becomes a value or an ExpertlyError. Second
+step of opening a folder, after its config.json; needs neither torch nor transformers and loads no
+weights.
 """
 
 import json
@@ -9,16 +10,20 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
-from expertly.families import Family, family_of
-from expertly.folders import checkpoints, read_json
+from expertly.families import family_of, sizes
+from expertly.folders import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"  # with it, peft would load another folder's weights
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".metadata")  # the last: torch's DCP
 _HEADER_LIMIT = 100 * 1024 * 1024  # bytes, safetensors' own
 _MAX_DIMS = 64  # torch's own
 _BITS = {
@@ -29,16 +34,6 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-# sizes that every family spells alike, with the largest that is not a typing error:
-# transformers itself hangs on 2**63 layers
-_LARGEST = {
-    "num_hidden_layers": 10_000,
-    "hidden_size": 2**20,
-    "vocab_size": 2**27,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
-}
-_LARGEST_MOE = 2**20
 
 
 class _Lie(ValueError):
@@ -65,24 +60,15 @@ class TensorHeader(NamedTuple):
         return math.prod(self.shape)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises E305 for a folder without, or one with impossible sizes."""
-    file = folder / "config.json"
-    if not file.is_file():
-        why = "no config.json in it" if folder.is_dir() else "no such folder"
-        raise ExpertlyError("E305", str(folder), why, fix=_name_instead(folder))
-    config = read_json(file)
-    for why in _impossible(config):
-        raise ExpertlyError("E305", str(file), why, fix="correct config.json")
-    return config
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the model, as transformers picks them.
 
     Raises E310 when only pickled weights are there, E305 for none, E301 for a shard that is
     missing or that the index names outside the folder.
     """
+    if (folder / _ADAPTER).is_file():
+        fix = "merge the adapter into its base model first"
+        raise ExpertlyError("E305", str(folder), f"{_ADAPTER}: no whole model", fix=fix)
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -90,7 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
     found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if found:
         return found
-    pickled = sorted(file for kind in ("bin", "pt", "pth") for file in folder.glob(f"*.{kind}"))
+    pickled = sorted(path for path in folder.glob("*") if path.name.endswith(_PICKLED))
     if pickled:
         fix = "convert it to safetensors in a sandbox"
         raise ExpertlyError("E310", str(pickled[0]), "pickled weights can run code", fix=fix)
@@ -116,17 +102,41 @@ def read_header(file: Path) -> list[TensorHeader]:
 
 
 def read_headers(folder: Path) -> list[TensorHeader]:
-    """All tensors of a model folder. Raises what weight_files and read_header raise."""
-    return [tensor for file in weight_files(folder) for tensor in read_header(file)]
+    """All tensors of a model folder. Raises what weight_files and read_header raise.
+
+    E301 too when two shards hold the same tensor: which one is meant?
+    """
+    tensors = [tensor for file in weight_files(folder) for tensor in read_header(file)]
+    name, times = max(Counter(t.name for t in tensors).items(), key=itemgetter(1), default=("", 0))
+    if times > 1:
+        why = f"{name} is in {times} of its files"
+        raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
+    return tensors
 
 
-def check_experts(folder: Path, tensors: Iterable[TensorHeader], num_experts: int) -> None:
+def check_layers(folder: Path, config: Mapping[str, Any], tensors: Sequence[TensorHeader]) -> None:
+    """Raises E301 when weights are not there that config.json promises: layers, experts, routers.
+
+    It goes by names, so it costs nothing; every name and shape is compared when weights load.
+    """
+    found = [int(part[1]) for t in tensors if (part := re.search(r"\.layers\.(\d{1,9})\.", t.name))]
+    said = config.get("num_hidden_layers") or 0
+    if found and said > max(found) + 1:
+        why = f"config.json says {said} layers, the weights hold {max(found) + 1}"
+        raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
+    if row := family_of(config):
+        names = {tensor.name for tensor in tensors}
+        _check_experts(folder, names, sizes(config).num_experts)
+        _check_routers(folder, names, row.router)
+
+
+def _check_experts(folder: Path, names: Iterable[str], num_experts: int) -> None:
     """Raises E301 when an expert that config.json promises is missing, or one is too many."""
     found: dict[tuple[str, str], set[int]] = {}
-    for tensor in tensors:
-        if part := re.fullmatch(r"(.+\.experts)\.(\d{1,9})\.(.+)", tensor.name):
+    for name in names:
+        if part := re.fullmatch(r"(.+\.experts)\.(\d{1,9})\.(.+)", name):
             found.setdefault((part[1], part[3]), set()).add(int(part[2]))
-    for (layer, weight), experts in found.items():
+    for (layer, weight), experts in sorted(found.items()):
         wrong = sorted(experts ^ set(range(num_experts)))
         if wrong:
             lost = wrong[0] < num_experts
@@ -135,47 +145,13 @@ def check_experts(folder: Path, tensors: Iterable[TensorHeader], num_experts: in
             raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
 
 
-def _name_instead(folder: Path) -> str:
-    """What to do about a folder without a model: download it, or name the one that was meant."""
-    name = folder.as_posix()
-    if not folder.parent.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return f"hf download {name} --local-dir DIR, then name DIR"
-    saved = [path for path in checkpoints(folder) if (path / "config.json").is_file()]
-    if saved:
-        return f"name {saved[-1]}"
-    return "name a Hugging Face model folder"
-
-
-def _impossible(config: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a config's sizes, each with what is allowed."""
-    if not isinstance(config.get("model_type", ""), str):
-        yield "model_type is not a name"
-        return
-    for key, largest in _LARGEST.items():
-        if config.get(key) is not None:
-            yield from _not_whole(config, key, 1, largest)
-    if row := family_of(config):
-        yield from _impossible_experts(config, row)
-
-
-def _impossible_experts(config: dict[str, Any], row: Family) -> Iterator[str]:
-    """What is wrong with the sizes that the family's row names."""
-    spelt = next((key for key in row.num_experts if key in config), row.num_experts[0])
-    for key in (spelt, row.top_k, row.expert_width):
-        yield from _not_whole(config, key, 1, _LARGEST_MOE)
-    for key in filter(None, (row.shared_experts, row.first_dense)):
-        yield from _not_whole(config, key, 0, _LARGEST_MOE)
-    if row.sparse_step is not None and row.sparse_step in config:
-        yield from _not_whole(config, row.sparse_step, 1, _LARGEST_MOE)
-    if config[row.top_k] > config[spelt]:
-        yield f"{row.top_k} is {config[row.top_k]}, but there are {config[spelt]} experts"
-
-
-def _not_whole(config: dict[str, Any], key: str, least: int, largest: int) -> Iterator[str]:
-    value = config.get(key)
-    if type(value) is not int or not least <= value <= largest:
-        said = f"is {repr(value)[:40]}" if key in config else "is missing"
-        yield f"{key} {said}, expected a whole number from {least} to {largest}"
+def _check_routers(folder: Path, names: Collection[str], router: str) -> None:
+    """Raises E301 for experts without a router: stock loaders would make a random one."""
+    blocks = {name.partition(".experts.")[0] for name in names if ".experts." in name}
+    for wanted in sorted(f"{block}.{router}.weight" for block in blocks):
+        if wanted not in names:
+            why = f"the router {wanted} is missing"
+            raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
 
 
 def _shards(folder: Path) -> Iterator[Path]:

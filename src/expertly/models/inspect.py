@@ -9,7 +9,8 @@ from typing import Any
 
 from expertly.families import family_of, sizes
 from expertly.folders import verify
-from expertly.models.files import TensorHeader, read_config, read_headers
+from expertly.models.configs import read_config
+from expertly.models.files import TensorHeader, check_layers, read_headers
 
 # the first pattern that a tensor's name matches says which part of the model it is
 _PARTS = (
@@ -50,7 +51,9 @@ def inspect_folder(folder: Path, *, hashes: bool = False) -> Inspection:
     """
     config = read_config(folder)
     verified = verify(folder, hashes=hashes)
-    return _summary(config, read_headers(folder), verified)
+    tensors = read_headers(folder)
+    check_layers(folder, config, tensors)
+    return _summary(config, tensors, verified)
 
 
 def part_of(name: str) -> str:

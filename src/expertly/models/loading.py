@@ -3,7 +3,7 @@
 import errno
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -22,11 +23,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from expertly.errors import ExpertlyError, nearest
-from expertly.families import FAMILIES, sizes
-from expertly.folders import read_json, verify, write_json
+from expertly.families import FAMILIES
+from expertly.folders import read_json, write_json
+from expertly.folders import verify as check_manifest
 from expertly.models.attach import Attachment, attached
+from expertly.models.configs import read_config
 from expertly.models.experts import register_experts
-from expertly.models.files import check_experts, read_config, read_headers
+from expertly.models.files import check_layers, read_headers
 from expertly.models.policies import (
     attach_saved,
     read_policy,
@@ -47,9 +50,12 @@ _BAD_FOLDER = (
     AttributeError,
     LookupError,
     ArithmeticError,
+    AssertionError,
+    ImportError,
     OSError,
 )
 
+_SMALL = 2**20  # parameters that cost nothing, needed or not
 _MAY_OVERFLOW = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # what the floors above, which don't import transformers, call its types
@@ -63,13 +69,17 @@ def open_model(
     dtype: torch.dtype | str = "auto",
     experts_implementation: str | None = None,
     device: str = "cpu",
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Open a model folder, with the routing policy that was saved with it attached.
 
-    Experts run on our function unless another of transformers' implementations is named. Raises
-    E305 when it is no model folder, E310 for pickled weights, E301 and E302 for damaged files.
+    Experts run on our function unless another of transformers' implementations is named. verify:
+    check every sha256 of its manifest first, where it has one. Raises E305 when it is no model
+    folder, E310 for pickled weights, E301 and E302 for damaged files.
     """
-    model = load_weights(Path(path), dtype=dtype, experts_implementation=experts_implementation)
+    model = load_weights(
+        Path(path), dtype=dtype, experts_implementation=experts_implementation, verify=verify
+    )
     model.to(torch.device(device))  # type: ignore[arg-type]
     saved = read_policy(Path(path))
     if saved is not None:
@@ -82,10 +92,14 @@ def load_weights(
     *,
     dtype: torch.dtype | str = "auto",
     experts_implementation: str | None = None,
+    verify: bool = False,
 ) -> PreTrainedModel:
-    """The bare transformers model of a folder; a missing tensor is an error, never random."""
+    """The bare transformers model of a folder; a missing tensor is an error, never random.
+
+    Takes and raises what open_model does.
+    """
     config = open_config(folder)
-    verified = _check_files(folder, config)
+    verified = _check_files(folder, config, hashes=verify)
     kind = {}
     if config.model_type in FAMILIES:
         kind["experts_implementation"] = _experts(experts_implementation)
@@ -105,14 +119,14 @@ def load_weights(
     _check_loaded(folder, info)
     if not verified:
         _log.warning("%s: no manifest, contents unverified", folder)
-        _check_finite(folder, model)
+    _check_finite(folder, model)  # in any case: a save may have written them, hashes and all
     return model
 
 
 def open_config(folder: Path) -> PretrainedConfig:
     """The folder's config, without running any code it brings. Raises E305, E301."""
-    read_config(folder)
-    with _opening(folder):
+    _refuse_code(folder, read_config(folder))
+    with _opening(folder), _quiet():
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -170,13 +184,40 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_files(folder: Path, config: PretrainedConfig) -> bool:
+def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises E305 for a config that needs its folder's code, or that would overwrite a function."""
+    kind = config["model_type"]
+    if config.get("auto_map") and kind not in CONFIG_MAPPING:
+        why = f"model_type {kind[:40]!r} comes with code of its own (auto_map), which is never run"
+        fix = "name a model whose family transformers knows"
+        raise ExpertlyError("E305", str(folder / "config.json"), why, fix=fix)
+    for key in config:
+        if callable(getattr(PretrainedConfig, key, None)):  # transformers sets any key
+            why = f"{key} is the name of a function, expected the name of a value"
+            fix = "correct config.json"
+            raise ExpertlyError("E305", str(folder / "config.json"), why, fix=fix)
+
+
+def _check_files(folder: Path, config: PretrainedConfig, *, hashes: bool) -> bool:
     """Whether a manifest agrees; headers are sound and every expert is there in any case."""
-    verified = verify(folder, hashes=False)
+    verified = check_manifest(folder, hashes=hashes)
     tensors = read_headers(folder)
-    if config.model_type in FAMILIES:
-        check_experts(folder, tensors, sizes(config.to_dict()).num_experts)
+    check_layers(folder, read_config(folder), tensors)
+    _check_count(folder, config, sum(tensor.parameters for tensor in tensors))
     return verified
+
+
+def _check_count(folder: Path, config: PretrainedConfig, there: int) -> None:
+    """Raises E301 when config.json asks for far more numbers than the weights hold.
+
+    Missing tensors and those of another shape are told by name later. But transformers makes
+    random ones for them first, of any size: memory for them must not be asked for at all.
+    """
+    with _opening(folder), _quiet(), torch.device("meta"):
+        asked = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+    if asked > 2 * there + _SMALL:
+        why = f"config.json asks for {asked:,} parameters, the weights hold {there:,}"
+        raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
 
 
 def _check_loaded(folder: Path, info: dict[str, Any]) -> None:

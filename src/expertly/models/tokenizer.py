@@ -9,13 +9,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from expertly.errors import ExpertlyError
+from expertly.models.configs import check_kinds
+from expertly.models.template import check_template
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Raises E307 when there is none or it has no end-of-text token."""
+    """The tokenizer of a folder, and never any code of it.
+
+    Raises E307 when there is none or it has no end-of-text token, E311 for a chat template that
+    reaches where it must not, E301 for a pipe or folder in place of a file.
+    """
     path = Path(folder)
+    check_kinds(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         why = "no tokenizer in it" if path.is_dir() else "no such folder"
         fix = "name a folder with tokenizer.json, or leave it out to train one on the data"
@@ -27,10 +34,19 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers, in Rust, raises nothing narrower
         why = " ".join(f"cannot be read ({error}".split())[:200] + ")"
         raise ExpertlyError("E307", str(path), why, fix="copy the tokenizer again") from error
+    _check_templates(tokenizer, path)
     if tokenizer.eos_token_id is None:
         fix = "set eos_token in its tokenizer_config.json"
         raise ExpertlyError("E307", str(path), "it has no end-of-text token", fix=fix)
     return tokenizer
+
+
+def _check_templates(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raises E311 for the first of its chat templates that is refused; there may be several."""
+    said = tokenizer.chat_template or {}
+    templates = said if isinstance(said, dict) else {"default": said}
+    for name, text in templates.items():
+        check_template(str(text), f"{path}: chat template {name}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -1,6 +1,9 @@
 """A training checkpoint: a stock model folder, and in expertly/ all that steers the next step."""
 
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from expertly.train.proof import Proof
 from expertly.train.setup import Job
 
 STATE = "expertly"  # the folder of our own state inside a checkpoint
+ALARMS = "alarms.safetensors"
 
 
 class Progress(NamedTuple):
@@ -24,10 +28,20 @@ class Progress(NamedTuple):
     tokens: int  # training tokens seen
     seconds: float  # of training, without evaluation and saving
     data: dict[str, Any]  # the batches' position
+    guard: Mapping[str, Any] = MappingProxyType({})  # losses that the next one is held against
+    remedy: Mapping[str, Any] = MappingProxyType({})  # what a collapse has changed, see health.py
 
 
-def save_checkpoint(run: Path, job: Job, proof: Proof, progress: Progress) -> Path:
-    """Write RUN/checkpoint-N, whole or not at all. Raises E401 when the disk refuses."""
+def save_checkpoint(
+    run: Path, job: Job, proof: Proof, progress: Progress, alarms: Mapping[str, Tensor]
+) -> Path:
+    """Write RUN/checkpoint-N, whole or not at all. Raises E401 when the disk refuses.
+
+    alarms: what the router's alarms have seen so far; empty for a dense model.
+    """
+    moments = _moments(job.model, job.optimizer)
+
+    said = {name: _plain(value) for name, value in progress._asdict().items()}
 
     def write(folder: Path) -> None:
         save_model(
@@ -39,34 +53,60 @@ def save_checkpoint(run: Path, job: Job, proof: Proof, progress: Progress) -> Pa
         )
         state = folder / STATE
         state.mkdir(exist_ok=True)
-        save_file(_moments(job.model, job.optimizer), state / "optimizer.safetensors")
+        save_file(moments, state / "optimizer.safetensors")
         save_file(_random_states(), state / "random.safetensors")
         if kept := proof.state():
             save_file(kept, state / "proof.safetensors")
-        write_json(state / "progress.json", progress._asdict())
+        if alarms:
+            save_file(dict(alarms), state / ALARMS)
+        write_json(state / "progress.json", said)
 
-    return save_folder(run / f"checkpoint-{progress.step}", write)
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the highest step in a run folder, or None."""
-    found = checkpoints(run)
-    return found[-1] if found else None
+    tensors = [*job.model.state_dict().values(), *moments.values()]
+    need = sum(tensor.nbytes for tensor in tensors)
+    return save_folder(checkpoint_at(run, progress.step), write, need=need)
 
 
-def verified_checkpoint(run: Path) -> Path | None:
-    """The latest checkpoint, every sha256 checked; None before the first. Raises E301, E302."""
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
+def checkpoint_at(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or will."""
+    return run / f"checkpoint-{step}"
+
+
+def whole_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose every sha256 agrees; None before the first.
+
+    Damaged newer ones are said and kept aside as checkpoint-N.damaged. Raises E301 or E302 when
+    no other is left: a run that was announced as saved must not silently begin again.
+    """
+    damage: list[tuple[Path, ExpertlyError]] = []
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            _require_whole(checkpoint)
+        except ExpertlyError as error:
+            damage.append((checkpoint, error))
+            continue
+        for damaged, found in damage:
+            say(f"{found.what}: {found.why}. Kept as {_set_aside(damaged).name}")
+        if damage:
+            say(f"going on from {checkpoint.name}, the newest whole checkpoint")
+        return checkpoint
+    if not damage:
         return None
-    fix = f"delete {checkpoint} to resume from the one before it"
-    try:
-        whole = verify(checkpoint)
-    except ExpertlyError as error:
-        raise ExpertlyError(error.code, error.what, error.why, fix=fix) from error
-    if not whole:
-        raise ExpertlyError("E301", str(checkpoint), "its MANIFEST.json is missing", fix=fix)
-    return checkpoint
+    fix = f"copy one back, or delete all in {run} to start from the beginning"
+    newest = damage[0][1]
+    raise ExpertlyError(newest.code, newest.what, newest.why, fix=fix) from newest
+
+
+def _require_whole(checkpoint: Path) -> None:
+    if not verify(checkpoint):
+        why = "its MANIFEST.json is missing"
+        raise ExpertlyError("E301", str(checkpoint), why, fix="copy the folder again")
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name that no save and no resume looks at."""
+    names = (f"{checkpoint.name}.damaged{n or ''}" for n in itertools.count())
+    free = next(name for name in names if not (checkpoint.parent / name).exists())
+    return checkpoint.rename(checkpoint.with_name(free))
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -90,6 +130,16 @@ def restore(checkpoint: Path, job: Job, proof: Proof) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def read_alarms(checkpoint: Path) -> dict[str, Tensor]:
+    """What the router's alarms had seen at a checkpoint; empty for a dense model."""
+    file = checkpoint / STATE / ALARMS
+    return load_file(file) if file.is_file() else {}
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _moments(model: Model, optimizer: AdamW) -> dict[str, Tensor]:

@@ -66,6 +66,7 @@ class RouterConfig:
     exact: bool = True  # with accumulation: fix the load fractions in a count pass first
     bias_update_rate: float = 0.0  # aux-loss-free balancing, for routers with a bias
     allow_non_stock: bool = False  # save a policy that stock loaders do not know
+    on_collapse: Literal["warn", "rebalance", "stop"] = "warn"  # what an alarm of collapse leads to
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that cannot be, as (leaf, why)."""
@@ -87,6 +88,9 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    on_bad_step: Literal["skip", "roll_back", "stop"] = "skip"  # a loss not finite, or a jump
+    spike_sigmas: float = 6.0  # a loss so far above the last ones' mean is a jump; 0: never
+    max_bad_steps: int = 10  # one after another; then the run stops
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that cannot be, as (leaf, why)."""
@@ -94,7 +98,7 @@ class OptimConfig:
             yield "learning_rate", "must be above 0"
         if self.router_learning_rate is not None and self.router_learning_rate < 0:
             yield "router_learning_rate", "must not be negative; 0 freezes the router"
-        for leaf in ("weight_decay", "max_grad_norm"):
+        for leaf in ("weight_decay", "max_grad_norm", "spike_sigmas", "max_bad_steps"):
             if getattr(self, leaf) < 0:
                 yield leaf, "must not be negative"
         for leaf in ("adam_beta1", "adam_beta2"):

@@ -1,6 +1,9 @@
-"""What a run tells while it runs: its records, TensorBoard, and a progress line for people."""
+"""What a run tells while it runs: its records, TensorBoard, and a progress line for people.
 
-import sys
+Nothing here may end a run: a record that the disk refuses waits, a tracker that fails is left out.
+"""
+
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,22 +12,33 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from expertly.errors import ExpertlyError
-from expertly.watch.records import METRICS, ROUTER, append_json
+from expertly.faults import strike
+from expertly.watch.records import METRICS, ROUTER, append_json, forget_after
+
+_WAITING = 10_000  # records at most, should the disk stay full
+
+
+class _Console(Console):
+    """A console whose reader may leave: rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class RunLog:
     """Writes a run's records and shows its progress on stderr; close it at the end.
 
-    tensorboard: also write scalars for it into RUN/tensorboard; those after the step `at`, which a
-    stopped run left there, are taken back. Raises E207 when the package is missing.
+    tensorboard: also write scalars for it into RUN/tensorboard. Raises E207 when the package is
+    missing.
     """
 
-    def __init__(self, run: Path, *, max_steps: int, at: int = 0, tensorboard: bool = False):
+    def __init__(self, run: Path, *, max_steps: int, tensorboard: bool = False):
         self._run = run
-        self._console = Console(stderr=True, highlight=False)
+        self._console = _Console(stderr=True, highlight=False)
+        self._waiting: deque[tuple[Path, dict[str, Any]]] = deque(maxlen=_WAITING)
+        self._warned = False
+        self._new_board = board_writer() if tensorboard else None
         self._board: Any = None
-        if tensorboard:
-            self._board = board_writer()(str(run / "tensorboard"), purge_step=at + 1 if at else 0)
         self._max_steps = max_steps
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -34,23 +48,30 @@ class RunLog:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task: TaskID = self._progress.add_task("", total=max_steps, completed=at)
+        self._task: TaskID = self._progress.add_task("", total=max_steps)
         self._progress.start()
 
     def say(self, line: str) -> None:
         """One line for the user."""
-        self._console.print(line, markup=False, soft_wrap=True)
+        try:
+            self._console.print(line, markup=False, soft_wrap=True)
+        except OSError:  # a full disk behind 2>log, a terminal that is gone
+            self._console.quiet = True
 
     def metrics(self, record: dict[str, Any]) -> None:
         """A record of metrics.jsonl; its numbers also go to TensorBoard."""
-        append_json(self._run / METRICS, record)
-        if self._board is not None:
-            for tag, value in _scalars(record):
+        self._append(METRICS, record)
+        try:
+            strike("log.board", record["step"])
+            for tag, value in _scalars(record) if self._board is not None else ():
                 self._board.add_scalar(tag, value, record["step"])
+        except Exception as error:  # noqa: BLE001  other people's code, and not worth a run
+            self._board = None
+            self.say(f"warning: tensorboard is left out from now on ({error})")
 
     def router(self, record: dict[str, Any]) -> None:
         """A record of router.jsonl."""
-        append_json(self._run / ROUTER, record)
+        self._append(ROUTER, record)
 
     def advance(self, step: int, status: str, *, due: bool) -> None:
         """Move the bar; without a terminal print a plain line when one is due."""
@@ -58,16 +79,42 @@ class RunLog:
         if due and not self._console.is_terminal:
             self.say(f"step {step}/{self._max_steps}  {status}")
 
+    def begin(self, at: int | None) -> None:
+        """Go on behind step `at`: records of later steps are taken back. None: from the start."""
+        self._waiting.clear()
+        forget_after(self._run, -1 if at is None else at)
+        self._progress.update(self._task, completed=at or 0)
+        if self._new_board is not None:
+            self._close_board()
+            folder, first = str(self._run / "tensorboard"), at + 1 if at else 0
+            self._board = self._new_board(folder, purge_step=first)
+
     def close(self) -> None:
-        """Stop the bar and flush."""
+        """Stop the bar, write what waits, flush."""
         self._progress.stop()
+        self._write()
+        if self._waiting:
+            self.say(f"warning: {len(self._waiting)} records are lost, the disk did not take them")
+        self._close_board()
+
+    def _close_board(self) -> None:
         if self._board is not None:
             self._board.close()
 
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self._waiting.append((self._run / name, record))
+        self._write()
 
-def say_to_stderr(line: str) -> None:
-    """The plain form of RunLog.say, before there is a run."""
-    sys.stderr.write(line + "\n")
+    def _write(self) -> None:
+        """Write the records that wait, oldest first, as far as the disk takes them."""
+        try:
+            while self._waiting:
+                append_json(*self._waiting[0])
+                self._waiting.popleft()
+        except ExpertlyError as error:
+            if not self._warned:
+                self.say(f"warning: {error}. Training goes on, the records wait")
+            self._warned = True
 
 
 def board_writer() -> Any:

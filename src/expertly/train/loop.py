@@ -1,51 +1,51 @@
 """The training loop: read it from top to bottom. Its parts lie beside it, one idea a file."""
 
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from expertly.config import differences, dump, load
-from expertly.errors import ExpertlyError
+from expertly.config import dump
+from expertly.errors import ExpertlyError, Stopped
 from expertly.folders import save_file
-from expertly.models.attach import Attachment
-from expertly.moe.balance import update_bias
+from expertly.lock import locked
 from expertly.receipts import require
 from expertly.train.checkpoint import (
     Progress,
-    latest_checkpoint,
+    checkpoint_at,
+    read_alarms,
     read_progress,
     restore,
     save_checkpoint,
-    verified_checkpoint,
+    whole_checkpoint,
 )
 from expertly.train.config import TrainConfig
-from expertly.train.evaluate import HeldOut, evaluate, to_micro
-from expertly.train.log import RunLog, board_writer, say_to_stderr
-from expertly.train.optimizer import clip, set_learning_rate
+from expertly.train.evaluate import HeldOut, evaluate
+from expertly.train.guard import GoBack, Guard, refuse
+from expertly.train.health import Health
+from expertly.train.log import RunLog
 from expertly.train.proof import Proof, write_receipt
-from expertly.train.schedule import lr_factor
+from expertly.train.rebalance import Remedy
+from expertly.train.report import status, write_evaluation, write_step
 from expertly.train.setup import Job, prepare
-from expertly.train.step import StepLosses, accumulate, total_loss
-from expertly.watch.recorder import Recorder
-from expertly.watch.records import METRICS, forget_after, last_health
-from expertly.watch.stats import LayerCounts, watch_set
+from expertly.train.start import CONFIG, enough_memory, find_start
+from expertly.train.stop import Stop
+from expertly.train.update import Step, train_step
+from expertly.watch.records import evaluated, last_health
 
-CONFIG = "config.yaml"
-# what may change between a run and its resumption
-_FREE = ("log.", "output_dir:", "device:", "data.cache_dir:")
+_MISSES = 3  # saves that the disk refuses, one after another, before a run ends
 
 
-class Step(NamedTuple):
-    """What one optimizer step did."""
+class Run(NamedTuple):
+    """What a run works with, besides where it stands."""
 
-    losses: StepLosses
-    loss: float  # the one that was differentiated
-    grad_norm: float  # before clipping
-    learning_rate: float
-    counts: LayerCounts | None  # of its routers; None for a dense model
-    health: dict[str, Any] | None  # the watch set; None for a dense model
+    config: TrainConfig
+    job: Job
+    proof: Proof
+    guard: Guard
+    health: Health | None  # None: a dense model
+    log: RunLog
+    stop: Stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,163 +65,172 @@ class TrainResult:
 def run(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     """Train, and return how it ended; everything lies in config.output_dir.
 
-    Raises E205 for a folder in the way or nothing to resume, E206 for a changed config, E501 when
-    the loss is no longer a number, E101 when the receipt says no, and what reading config, data
-    and model can raise.
+    Raises E205 for a folder in the way, E206 for a changed config, E210 for one in use, E211 for
+    one that cannot be written, E401 and E402 when disk or memory end, E501 to E503 when training
+    is beyond repair, E101 when the receipt says no, Stopped after a signal, and what reading
+    config, data and model can raise.
     """
     folder = Path(config.output_dir)
-    checkpoint = find_start(folder, config, resume=resume)
-    board = "tensorboard" in config.log.report_to
-    if board:
-        board_writer()  # a missing package is found now, not after the data was read
-    job = prepare(config, checkpoint, say_to_stderr)
-    proof = Proof(job.attachment)
-    at = Progress(step=0, tokens=0, seconds=0.0, data=job.batches.state())
-    if checkpoint is not None:
-        at = read_progress(checkpoint)
+    with locked(folder), enough_memory(config):
+        board = "tensorboard" in config.log.report_to
+        log = RunLog(folder, max_steps=config.schedule.max_steps, tensorboard=board)
+        try:
+            checkpoint = find_start(folder, config, log.say, resume=resume)
+            ended = _from(checkpoint, config, log)
+            while isinstance(ended, GoBack):
+                ended = _from(whole_checkpoint(folder, log.say), config, log, ended)
+        finally:
+            log.close()
+    return ended
+
+
+def _from(
+    checkpoint: Path | None, config: TrainConfig, log: RunLog, back: GoBack | None = None
+) -> TrainResult | GoBack:
+    """Train from a checkpoint, or from the beginning, to the end or to where it must go back."""
+    folder = Path(config.output_dir)
+    at = read_progress(checkpoint) if checkpoint else None
+    remedy = Remedy(**at.remedy) if at else Remedy()
+    job = prepare(config, checkpoint, log.say)
+    proof, guard = Proof(job.attachment), Guard(config.optim, at.guard if at else {})
+    health = Health(job, config, remedy) if job.attachment else None
+    if checkpoint is not None and at is not None:
         job.batches.restore(at.data)
         restore(checkpoint, job, proof)
+        if health is not None:
+            health.alarms.restore(read_alarms(checkpoint))
     # only now, so that a config that had to be corrected finds the folder free
     save_file(folder / CONFIG, dump(config))
-    forget_after(folder, at.step if checkpoint else -1)
-    log = RunLog(folder, max_steps=config.schedule.max_steps, at=at.step, tensorboard=board)
-    try:
-        result = _loop(config, job, at, log, proof)
-        receipt = write_receipt(
-            folder, result.checkpoint, config, job, proof, HeldOut(result.loss, result.domains)
-        )
-    finally:
-        log.close()
-    require(receipt, folder)
-    return result
+    log.begin(at.step if at else None)
+    if back is not None:
+        guard = back.guard.rolled_back(guard.state())
+        job.batches.restore(back.data)
+        log.metrics({"step": 1 + (at.step if at else 0), "rolled_back": back.record})
+    at = at or Progress(step=0, tokens=0, seconds=0.0, data={})
+    with Stop() as stop:
+        ended = _loop(Run(config, job, proof, guard, health, log, stop), at)
+    if isinstance(ended, TrainResult):
+        held_out = HeldOut(ended.loss, ended.domains, {})
+        receipt = write_receipt(folder, ended.checkpoint, config, job, proof, held_out)
+        require(receipt, folder)
+    return ended
 
 
-def find_start(folder: Path, config: TrainConfig, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None: from the beginning. Nothing is written yet.
-
-    A run that was stopped before its first checkpoint starts again from the beginning.
-    """
-    there = (folder / CONFIG).exists()
-    if resume and not there:
-        fix = "leave out --resume to start it"
-        raise ExpertlyError("E205", str(folder), "holds no run to resume", fix=fix)
-    if resume:
-        _refuse_changes(folder, config)
-        return verified_checkpoint(folder)
-    if there or (folder / METRICS).exists() or latest_checkpoint(folder):
-        fix = "add --resume to go on with it, or name another output_dir"
-        raise ExpertlyError("E205", str(folder), "holds a run already", fix=fix)
-    return None
-
-
-def _loop(config: TrainConfig, job: Job, at: Progress, log: RunLog, proof: Proof) -> TrainResult:
+def _loop(run: Run, at: Progress) -> TrainResult | GoBack:
     """Step; once in a while report, evaluate and save."""
-    last, run_folder = config.schedule.max_steps, Path(config.output_dir)
-    recorder = Recorder(job.attachment.rule) if job.attachment else None
-    window = at
-    held_out = _evaluate(job, log, at) if at.step == 0 else None
-    checkpoint, health = run_folder / f"checkpoint-{at.step}", last_health(run_folder)
-    while at.step < last:
-        started = time.perf_counter()
-        done = train_step(config, job, recorder, at.step)
-        at = Progress(
-            step=at.step + 1,
-            tokens=at.tokens + _tokens_per_step(config),
-            seconds=at.seconds + time.perf_counter() - started,
-            data=job.batches.state(),
-        )
-        proof.add(done.counts)
+    config, log, last = run.config, run.log, run.config.schedule.max_steps
+    window, misses, done = at, 0, None
+    held_out = _evaluate_first(run, at)
+    while at.step < last and not run.stop.asked:
+        done, at, back = _step(run, at)
+        if back is not None:
+            return back
 
         # Once in a while: report, evaluate, save; and always at the end.
         report_due = _due(at.step, config.log.logging_steps, last)
         if report_due:
-            _report(log, at, window, done)
+            write_step(log, at, window, done, run.health.norms if run.health else None)
             window = at
-        health = done.health
-        log.advance(at.step, _status(done, at), due=report_due)
+        log.advance(at.step, status(done, at), due=report_due)
         if _due(at.step, config.eval.eval_steps, last):
-            held_out = _evaluate(job, log, at)
-        if _due(at.step, config.log.save_steps, last):
-            checkpoint = save_checkpoint(run_folder, job, proof, at)
-            log.say(f"saved step {at.step}: {checkpoint}")
+            held_out = _evaluate(run, at)
+        if _due(at.step, config.log.save_steps, last) and not run.stop.asked:
+            misses = _save(run, at, misses)
+    if run.stop.asked:
+        _end(run, at)
+    return _result(run, at, done, held_out)
+
+
+def _step(run: Run, at: Progress) -> tuple[Step, Progress, GoBack | None]:
+    """One optimizer step, where the run then stands, and what its numbers call for."""
+    config, health = run.config, run.health
+    recorder = None
+    if health is not None:
+        health.look(at.step)
+        config = replace(config, router=health.remedy.router(config.router))
+        recorder = health.recorder
+    started = time.perf_counter()
+    done = train_step(config, run.job, recorder, run.guard, at.step)
+    after = Progress(
+        step=at.step + 1,
+        tokens=at.tokens + _tokens_per_step(config),
+        seconds=at.seconds + time.perf_counter() - started,
+        data=run.job.batches.state(),
+    )
+    if done.bad is not None:
+        return done, after, refuse(config.optim, run.guard, run.log, at, after, done.bad)
+    if health is not None and done.counts is not None:
+        run.proof.add(done.counts)
+        health.heed(after.step, done.counts, run.log)
+    return done, after, None
+
+
+def _result(run: Run, at: Progress, done: Step | None, held_out: HeldOut | None) -> TrainResult:
+    folder = Path(run.config.output_dir)
     if held_out is None:  # it was done already, and has written this evaluation down
-        held_out = evaluate(job.model, job.held_out, job.domains, job.autocast)
+        held_out = _held_out(run)
     return TrainResult(
-        run=run_folder,
-        checkpoint=checkpoint,
+        run=folder,
+        checkpoint=checkpoint_at(folder, at.step),
         steps=at.step,
         tokens=at.tokens,
         seconds=at.seconds,
         loss=held_out.loss,
         domains=held_out.domains,
-        router=health,
+        router=done.health if done else last_health(folder),
     )
 
 
-def train_step(config: TrainConfig, job: Job, recorder: Recorder | None, step: int) -> Step:
-    """One optimizer step: gradient of the whole batch, clip, update, then move the biases."""
-    factor = lr_factor(step, config.schedule)
-    set_learning_rate(job.optimizer, factor)
-    device = job.model.device
-    size = config.schedule.gradient_accumulation_steps
-    batch = [to_micro(next(job.batches), device) for _ in range(size)]
-    losses = accumulate(job.model, job.attachment, batch, config.router, recorder, job.autocast)
-    loss = total_loss(*losses, router=config.router)
-    norm = clip(job.model, config.optim.max_grad_norm)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        why = f"loss {loss}, gradient norm {norm} at step {step + 1}; no update was made"
-        fix = "start a new run with a lower optim.learning_rate"
-        raise ExpertlyError("E501", config.output_dir, why, fix=fix)
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
-    rate = factor * config.optim.learning_rate
-    if job.attachment is None or recorder is None:
-        return Step(losses, loss, norm, rate, None, None)
-    counts = recorder.read()
-    if config.router.bias_update_rate:
-        _move_biases(job.attachment, counts, config.router.bias_update_rate)
-    return Step(losses, loss, norm, rate, counts, watch_set(counts, job.attachment.biases()))
+def _save(run: Run, at: Progress, misses: int) -> int:
+    """Save a checkpoint; returns how many the disk has refused one after another.
+
+    A refused one is not the end: the next may fit, and what was saved before is kept. Raises E401
+    for the third, and for the last of the run.
+    """
+    folder = Path(run.config.output_dir)
+    remedy = asdict(run.health.remedy) if run.health else {}
+    alarms = run.health.alarms.state() if run.health else {}
+    at = at._replace(guard=run.guard.state(), remedy=remedy)
+    try:
+        saved = save_checkpoint(folder, run.job, run.proof, at, alarms)
+    except ExpertlyError as error:
+        ends = run.stop.asked or at.step == run.config.schedule.max_steps
+        if error.code != "E401" or ends or misses + 1 == _MISSES:
+            raise
+        run.log.say(f"warning: not saved: {error}. Training goes on, the next save may fit")
+        return misses + 1
+    run.guard.saved()
+    run.log.say(f"saved step {at.step}: {saved}")
+    return 0
 
 
-def _move_biases(attachment: Attachment, counts: LayerCounts, rate: float) -> None:
-    for bias, chosen in zip(attachment.bias, counts.chosen, strict=True):
-        if bias is not None:
-            update_bias(bias, chosen, rate)
+def _end(run: Run, at: Progress) -> None:
+    """Save where the run stands, and raise Stopped."""
+    if at.step and not checkpoint_at(Path(run.config.output_dir), at.step).exists():
+        _save(run, at, 0)
+    raise Stopped(run.stop.signum)
 
 
-def _report(log: RunLog, at: Progress, window: Progress, done: Step) -> None:
-    """Write the last step's numbers down."""
-    speed = (at.tokens - window.tokens) / max(at.seconds - window.seconds, 1e-9)
-    where = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
-    train = {
-        "loss": done.loss,
-        **done.losses._asdict(),
-        "grad_norm": done.grad_norm,
-        "learning_rate": done.learning_rate,
-        "tokens_per_second": speed,
-    }
-    if done.counts is None:
-        log.metrics({**where, "train": train})
-        return
-    log.metrics({**where, "train": train, "moe": done.health})
-    share = done.counts.load / done.counts.load.sum(dim=-1, keepdim=True).clamp(min=1)
-    log.router({**where, "load": [[round(v, 5) for v in row] for row in share.tolist()]})
+def _evaluate_first(run: Run, at: Progress) -> HeldOut | None:
+    """The evaluation of the step that a run begins at, where one is due and was not reached."""
+    done = evaluated(Path(run.config.output_dir), at.step)
+    due = _due(at.step, run.config.eval.eval_steps, run.config.schedule.max_steps)
+    return _evaluate(run, at) if due and not done else None
 
 
-def _evaluate(job: Job, log: RunLog, at: Progress) -> HeldOut:
-    held_out = evaluate(job.model, job.held_out, job.domains, job.autocast)
-    where = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
-    log.metrics({**where, "eval": {"loss": held_out.loss, "domain": held_out.domains}})
+def _evaluate(run: Run, at: Progress) -> HeldOut | None:
+    """Evaluate and write it down; None, and nothing written, when asked to stop meanwhile."""
+    held_out = _held_out(run)
+    if run.stop.asked:
+        return None
+    write_evaluation(run.log, at, held_out)
     return held_out
 
 
-def _status(done: Step, at: Progress) -> str:
-    speed = at.tokens / max(at.seconds, 1e-9)
-    status = f"loss {done.losses.cross_entropy:.3f}  {speed:,.0f} tok/s"
-    if done.health is None:
-        return status
-    dead, hottest = done.health["dead_frac"], done.health["max_load_ratio"]
-    return f"{status}  load max {hottest:.1f}x  dead {dead:.0%}"
+def _held_out(run: Run) -> HeldOut:
+    job = run.job
+    batches = run.stop.until(job.held_out)
+    return evaluate(job.model, batches, job.domains, job.autocast, job.attachment)
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -231,12 +240,3 @@ def _due(step: int, every: int, last: int) -> bool:
 def _tokens_per_step(config: TrainConfig) -> int:
     rows = config.schedule.per_device_train_batch_size
     return rows * config.schedule.gradient_accumulation_steps * config.data.sequence_length
-
-
-def _refuse_changes(folder: Path, config: TrainConfig) -> None:
-    """Raises E206 when a resumed run would no longer be the same run."""
-    found = differences(load(TrainConfig, folder / CONFIG), config)
-    changed = [line for line in found if not line.startswith(_FREE)]
-    if changed:
-        fix = "resume with the run's own config.yaml, or start a new run"
-        raise ExpertlyError("E206", str(folder), "; ".join(changed), fix=fix)

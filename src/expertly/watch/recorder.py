@@ -1,13 +1,18 @@
 """Count what routers decided, outside autograd, once per micro-batch; read once per step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from expertly.errors import ExpertlyError
 from expertly.moe.losses import balance_counts, probabilities, squared_log_z
 from expertly.moe.policy import Decision
 from expertly.moe.routing import Tokens, tokens_per_expert
 from expertly.watch.stats import LayerCounts
+
+# tensors, each summed over all ranks: expertly.scale.reduce.sum_over_ranks
+Reduce = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class Recorder:
@@ -28,10 +33,18 @@ class Recorder:
         else:
             self._sums = LayerCounts(*(a + b for a, b in zip(self._sums, counts, strict=True)))
 
-    def read(self) -> LayerCounts:
-        """The counts since the last read, on the CPU, and start again."""
-        assert self._sums is not None, "nothing was recorded: no hook fired"
+    def read(self, reduce: Reduce | None = None) -> LayerCounts:
+        """The counts since the last read, on the CPU, and start again.
+
+        reduce: adds them up over ranks. Raises E504 when nothing was recorded.
+        """
+        if self._sums is None:
+            why = "no forward was recorded since the last read"
+            fix = "call the model itself, model(input_ids), between two reads"
+            raise ExpertlyError("E504", "router health", why, fix=fix)
         counts, self._sums = self._sums, None
+        if reduce is not None:
+            counts = LayerCounts._make(reduce(counts))
         # small tensors: to move them once costs less than each figure's own wait for the device
         return LayerCounts(*(values.cpu() for values in counts))
 
@@ -44,7 +57,7 @@ def count_decisions(decisions: Sequence[Decision], tokens: Tokens, router: str) 
     return LayerCounts._make([*stacked, tokens.valid.sum().double()])
 
 
-def _count_layer(decision: Decision, tokens: Tokens, router: str) -> tuple[torch.Tensor, ...]:
+def _count_layer(decision: Decision, tokens: Tokens, router: str) -> tuple[Tensor, ...]:
     """One layer's part of LayerCounts, in its order, without the tokens."""
     served, valid = decision.served, tokens.valid
     probs = probabilities(served.logits, router) * valid.unsqueeze(-1)  # (tokens, experts)

@@ -1,22 +1,36 @@
 """A run's records, read and written: metrics.jsonl and router.jsonl, one JSON object a line."""
 
+import errno
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 from expertly.errors import ExpertlyError
+from expertly.faults import strike
 from expertly.folders import disk_error, save_file
 
 METRICS, ROUTER = "metrics.jsonl", "router.jsonl"
 
 
 def append_json(file: Path, record: dict[str, Any]) -> None:
-    """Append one record as a line. Raises E401 when the disk refuses."""
+    """Append one record as a line, whole or not at all. Raises E401 when the disk refuses."""
+    line = _line(record).encode()
     try:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(_line(record))
+        with file.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            strike("log.metrics", record.get("step"))
+            try:
+                written = stream.write(line)
+            except OSError:
+                stream.truncate(before)
+                raise
+            if written < len(line):  # a disk that was nearly full took a part
+                stream.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise disk_error(file, error) from error
+        raise disk_error(file, error, need=len(line)) from error
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -40,6 +54,12 @@ def last_health(run: Path) -> dict[str, Any] | None:
     return watched[-1] if watched else None
 
 
+def evaluated(run: Path, step: int) -> bool:
+    """Whether a run has written an evaluation after this step down."""
+    records = read_records(run / METRICS)
+    return any(record["step"] == step and "eval" in record for record in records)
+
+
 def forget_after(run: Path, step: int) -> None:
     """Take back what a run wrote down after the checkpoint that it resumes from."""
     for file in (run / METRICS, run / ROUTER):
@@ -48,5 +68,14 @@ def forget_after(run: Path, step: int) -> None:
             save_file(file, "".join(map(_line, kept)))
 
 
+def finite(value: Any) -> Any:
+    """A value for JSON, which has neither NaN nor infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    return json.dumps(finite(record)) + "\n"

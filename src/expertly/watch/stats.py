@@ -55,13 +55,56 @@ def layer_stats(counts: LayerCounts) -> dict[str, Tensor]:
         "max_load_ratio": load.amax(dim=-1) / even,
         "min_load_ratio": load.amin(dim=-1) / even,
         "dead_frac": (load == 0).double().mean(dim=-1),
-        "entropy_norm": _evenness(load),
-        "effective_experts": _entropy(load).exp(),
-        "mass_entropy_norm": _evenness(counts.mass),
+        "entropy_norm": evenness(load),
+        "effective_experts": entropy(load).exp(),
+        "mass_entropy_norm": evenness(counts.mass),
         "router_confidence": counts.confidence / tokens,
         "dropped_frac": (chosen - load.sum(dim=-1)) / chosen.clamp(min=1),
         **_losses(counts, tokens),
     }
+
+
+def specialisation(load: Tensor) -> Tensor:
+    """How differently domains use the experts: (layers,), 0 alike to 1 disjoint.
+
+    The Jensen-Shannon divergence of their loads, equal weights, over log(domains). load:
+    (domains, layers, experts); a domain without a token is left out.
+    """
+    load = load[load.flatten(1).sum(dim=-1) > 0].double()
+    if len(load) < 2:
+        return load.new_zeros(load.shape[1])
+    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    within = entropy(share).mean(dim=0)
+    return ((entropy(share.mean(dim=0)) - within) / math.log(len(load))).clamp(0, 1)
+
+
+def divergence(load_a: Tensor, load_b: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, base 2, of two loads (layers, experts): (layers,), 0 to 1."""
+    return specialisation(torch.stack([load_a, load_b]))
+
+
+def overlap(chosen_a: Tensor, chosen_b: Tensor, valid: Tensor) -> Tensor:
+    """The share of assignments that two models make alike on the same tokens: (layers,).
+
+    chosen_a, chosen_b: expert ids (layers, tokens, top_k), in any order within a token; valid:
+    (tokens,). With different top_k it is of the larger one.
+    """
+    both = chosen_a.unsqueeze(-1) == chosen_b.unsqueeze(-2)  # (layers, tokens, k, k)
+    alike = (both.flatten(2).sum(dim=-1) * valid).sum(dim=-1).double()
+    of_token = max(chosen_a.shape[-1], chosen_b.shape[-1])
+    return alike / (valid.sum() * of_token).clamp(min=1)
+
+
+def evenness(load: Tensor) -> Tensor:
+    """A load's entropy over that of an even one: (layers,). A single expert is always even."""
+    most = math.log(load.shape[-1])
+    return entropy(load) / most if most else torch.ones_like(load[:, 0])
+
+
+def entropy(load: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of a load (layers, experts) as shares of 1: (layers,)."""
+    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return -torch.special.xlogy(share, share).sum(dim=-1)
 
 
 def _losses(counts: LayerCounts, tokens: Tensor) -> dict[str, Tensor]:
@@ -77,15 +120,3 @@ def _losses(counts: LayerCounts, tokens: Tensor) -> dict[str, Tensor]:
         "aux_loss_per_k": aux_loss / share.sum(dim=-1).clamp(min=1e-12),
         "z_loss": counts.log_z / tokens,
     }
-
-
-def _evenness(load: Tensor) -> Tensor:
-    """A load's entropy over that of an even one: (layers,). A single expert is always even."""
-    most = math.log(load.shape[-1])
-    return _entropy(load) / most if most else torch.ones_like(load[:, 0])
-
-
-def _entropy(load: Tensor) -> Tensor:
-    """Shannon entropy, in nats, of a load (layers, experts) as shares of 1: (layers,)."""
-    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-    return -torch.special.xlogy(share, share).sum(dim=-1)

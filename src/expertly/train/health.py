@@ -1,0 +1,76 @@
+"""The routers' health while they learn: counts at each step, output norms now and then, alarms."""
+
+from torch import Tensor
+
+from expertly.errors import ExpertlyError
+from expertly.models.probe import OutputProbe
+from expertly.train.config import TrainConfig
+from expertly.train.log import RunLog
+from expertly.train.rebalance import Remedy, rebalance
+from expertly.train.setup import Job
+from expertly.watch.alarms import Alarm, Alarms
+from expertly.watch.recorder import Recorder
+from expertly.watch.stats import LayerCounts
+
+_LOOK = 10  # steps from one look at the experts' output norms to the next
+_TIMES = 3  # rebalancings that a run gets
+
+
+class Health:
+    """What a run knows of its routers. remedy: what earlier collapses have changed."""
+
+    def __init__(self, job: Job, config: TrainConfig, remedy: Remedy):
+        assert job.attachment is not None, "a dense model has no routers"
+        self._job, self._config = job, config
+        self._attachment = job.attachment
+        self._probe = OutputProbe(job.model)
+        self.recorder = Recorder(job.attachment.rule)
+        self.norms: Tensor | None = None  # (layers, experts), if measured in the last step
+        self.remedy = remedy
+        remedy.cap(job.optimizer, job.attachment)
+        policy, layers = job.attachment.policy, job.attachment.layers
+        assert policy is not None, "a run's policy is always attached"
+        self.alarms = Alarms(len(layers), layers[0].num_experts, policy.top_k)
+
+    def look(self, step: int) -> None:
+        """Before the step after `step` others: have the experts' outputs measured in it, if due."""
+        if (step + 1) % _LOOK == 0:
+            self._probe.arm()
+
+    def heed(self, step: int, counts: LayerCounts, log: RunLog) -> None:
+        """Judge a step's counts: say what is new, and do about a collapse what was asked for.
+
+        Raises E503 for a collapse that ends the run.
+        """
+        self.norms = self._probe.read()
+        raised, cleared = self.alarms.add(step, counts, self.norms)
+        for alarm in raised:
+            log.metrics({"step": step, "alarm": alarm._asdict()})
+            log.say(f"alarm at step {step}: {alarm.kind}: {alarm.what}. Advice: {alarm.advice}")
+        for kind, layer in cleared:
+            log.metrics({"step": step, "cleared": {"kind": kind, "layer": layer}})
+            log.say(f"alarm cleared at step {step}: {kind} in layer {layer}")
+        collapsed = [alarm for alarm in raised if alarm.kind == "collapse"]
+        if collapsed and self._config.router.on_collapse != "warn":
+            self._remedy(step, collapsed, log)
+
+    def _remedy(self, step: int, collapsed: list[Alarm], log: RunLog) -> None:
+        """Draw the collapsed routers anew, or raise E503."""
+        if self._config.router.on_collapse == "stop" or self.remedy.times == _TIMES:
+            what = f"step {step}, {collapsed[0].what}"
+            why = "router.on_collapse=stop"
+            if self.remedy.times:
+                why = f"again after {self.remedy.times} rebalancings"
+            raise ExpertlyError("E503", what, why, fix=collapsed[0].advice)
+        layers = [alarm.layer for alarm in collapsed]
+        rebalance(self._job.model, self._attachment, self._job.optimizer, layers)
+        self.remedy = self.remedy.after(self._config.optim)
+        self.remedy.cap(self._job.optimizer, self._attachment)
+        self.alarms.reset(layers)
+        remedy = self.remedy
+        log.metrics({"step": step, "rebalanced": {"layers": layers}})
+        log.say(
+            f"rebalanced at step {step}: routers of layers {layers} drawn anew, "
+            f"router_aux_loss_coef at least {remedy.aux_floor:g}, "
+            f"router_learning_rate at most {remedy.router_lr_cap:g}"
+        )

@@ -1,0 +1,89 @@
+"""Folders to damage, and the command line, run in this process."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from trials import LINE
+
+from expertly.__main__ import main
+from expertly.folders import MANIFEST
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """cli("inspect", folder) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["expertly", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def damaged(tiny_folder, tmp_path):
+    """damaged(family, manifest) -> a copy of a tiny model's folder, to be spoilt."""
+
+    def make(family="mixtral", *, manifest=True) -> Path:
+        folder = shutil.copytree(tiny_folder(family), tmp_path / "model")
+        if not manifest:
+            (folder / MANIFEST).unlink()
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def configure():
+    """configure(folder, **changes): set keys of its config.json; None for a value removes none."""
+
+    def change(folder: Path, **changes) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+@pytest.fixture
+def refused(cli, tmp_path, monkeypatch):
+    """refused(folder, code, said, verbs): every verb that takes a folder says so, and no more."""
+    (tmp_path / "words.txt").write_text("the cat sees the dog " * 400)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+
+    def verb(name: str, folder: Path) -> list:
+        if name != "train":
+            return [*name.split(), folder]
+        config = tmp_path / "run.yaml"
+        source = {"path": str(tmp_path / "words.txt"), "eval": True}
+        data = {"sources": [{**source, "eval": False, "domain": "a"}, {**source, "domain": "b"}]}
+        data |= {"sequence_length": 16, "cache_dir": str(tmp_path / "cache")}
+        said = {"output_dir": str(tmp_path / "run"), "model": {"path": str(folder)}, "data": data}
+        config.write_text(json.dumps(said))
+        return ["train", config]
+
+    def check(folder, code, said, verbs=("inspect", "generate", "train")):
+        before = contents(folder)
+        for name in verbs:
+            ended, out, err = cli(*verb(name, folder))
+            last = err.splitlines(keepends=True)[-1]
+            assert LINE.fullmatch(last), err
+            assert (LINE.fullmatch(last)[1], ended, out) == (code, 3, ""), err
+            assert said in last, last
+            assert "Traceback" not in err
+            if name != "train":  # which tells first how it got on with the data
+                assert err in (last, f"{folder}: no manifest, contents unverified\n{last}"), err
+        assert contents(folder) == before, "the folder was changed"
+        assert not (tmp_path / "run").exists(), "a run was begun"
+        assert not (folder / "canary").exists(), "code of the folder ran"
+
+    return check
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else "" for path in sorted(folder.rglob("*"))}
