@@ -5,7 +5,7 @@ PIP := --quiet -c constraints.txt
 # the tools of the virtual environment where there is one, else those on the PATH
 BIN := $(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/,)
 
-.PHONY: demo test check gpu clean
+.PHONY: demo test check stress gpu clean
 
 demo: $(VENV)/runtime  ## train a small MoE and its dense twin on real text, and compare them
 	$(VENV)/bin/expertly demo
@@ -19,6 +19,10 @@ check:  ## every check, with the tools that are there
 	$(BIN)lint-imports
 	$(BIN)mypy
 	$(BIN)pytest
+
+stress: $(VENV)/dev  ## the heavy fault rows in full: kills, full disks, mutants; well over half an hour
+	$(BIN)pytest --stress -q --no-header -rA --durations=0 tests/faults tests/train/test_train_rebalance.py > docs/stress.log; \
+		status=$$?; tail -3 docs/stress.log; exit $$status
 
 gpu:  ## what needs a GPU, with the interpreter that is there and no network
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests

@@ -149,7 +149,7 @@ def drive(asked: Run, overrides: Sequence[str], steps: int, *, remedied: bool) -
         collapsed = [each.layer for each in changes.raised if each.kind == "collapse"]
         if remedied and collapsed:
             rebalance(job.model, job.attachment, job.optimizer, collapsed)
-            remedy = remedy.after(config.optim)
+            remedy = remedy.after(config.optim, collapsed)
             remedy.cap(job.optimizer, job.attachment)
             alarms.reset(collapsed)
 

@@ -53,7 +53,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         root = Path(made)
-        print(f"{'mutants of':8}  {'loader':24}", *(f"{name:>12}" for name in COLUMNS), "  seconds")
+        columns = (f"{name:>12}" for name in COLUMNS)
+        print(f"{'mutants of':10}  {'loader':24}", *columns, "  seconds")
         weights(root, asked)
         configs(root, asked)
 

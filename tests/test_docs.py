@@ -1,5 +1,6 @@
 """What the documents promise stands in the code, and the other way round."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -72,6 +73,33 @@ def test_every_error_has_a_test(code):
     here = Path(__file__).parent
     tests = "".join(path.read_text() for path in here.rglob("test_*.py") if path != Path(__file__))
     assert code in tests
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_receipt_follows_its_schema(passed, tmp_path):
+    import jsonschema
+
+    from expertly import receipts
+
+    schema = json.loads((DOCS / "receipt.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    needed = schema["allOf"][1]["then"]["properties"]
+    receipt = receipts.Receipt(
+        job="train",
+        inputs=dict.fromkeys(needed["inputs"]["required"], {}),
+        versions=receipts.versions("torch"),
+        changed={"experts": "8 of 8"},
+        checks=(receipts.Check("experts moved", passed, 8, "more than 0"),),
+        figures=dict.fromkeys(needed["figures"]["required"], float("nan")),
+    )
+    said = json.loads(receipts.write(receipt, tmp_path).read_text())
+    check = jsonschema.Draft202012Validator(schema).is_valid
+    assert check(said)
+    assert not check({**said, "verdict": "fail" if passed else "pass"}), "checks decide"
+    assert not check({**said, "more": 1})
+    for key in said:
+        assert not check({k: v for k, v in said.items() if k != key}), key
+    assert not check({**said, "checks": [{**said["checks"][0], "passed": "yes"}]})
 
 
 def test_the_tree_in_the_house_page_is_the_tree():

@@ -5,7 +5,9 @@ import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from types import FrameType
+from typing import TextIO
 
 from expertly.errors import ExpertlyError, Stopped
 from expertly.memory import is_out_of_memory, memory_error
@@ -21,18 +23,40 @@ def main() -> None:
         code = _run(arguments)
         sys.stdout.flush()  # a reader that left is noticed here, not in the interpreter's exit
     except KeyboardInterrupt as stopped:
-        sys.stderr.write("expertly: stopped\n")
-        code = 128 + getattr(stopped, "signum", signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = _stopped(stopped)
+    except BrokenPipeError as error:
+        # a reader that left is no fault of the job; but one that was told of a stop decides nothing
+        told = error.__context__
+        code = _stopped(told) if isinstance(told, KeyboardInterrupt) else 0
     except Exception as error:  # noqa: BLE001  the contract: a bug is one line and a report
         if DEBUG in sys.argv:
             traceback.print_exc()
         said = _said(error)
-        sys.stderr.write(f"expertly: {said}\n")
+        _tell(f"expertly: {said}\n")
         code = said.exit_code
+    for stream in (sys.stdout, sys.stderr):
+        _let_go(stream)
     sys.exit(code)
+
+
+def _stopped(error: KeyboardInterrupt) -> int:
+    """The exit code after a signal."""
+    _tell("expertly: stopped\n")
+    return 128 + getattr(error, "signum", signal.SIGINT)
+
+
+def _tell(text: str) -> None:
+    """Text on stderr, for whoever may still be there."""
+    with suppress(OSError):
+        sys.stderr.write(text)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Flush; what cannot be written must not become the exit code when the interpreter ends."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -130,12 +131,17 @@ def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def disk_error(path: Path, error: OSError, need: int = 0) -> ExpertlyError:
-    """The E401 for a write that the operating system refused. need: its bytes, where known."""
+def disk_error(
+    path: Path, error: OSError, need: int = 0, inodes: int | None = None
+) -> ExpertlyError:
+    """The E401 for a write that the operating system refused.
+
+    need: its bytes, where known. inodes: how many further files there was room for; None: now.
+    """
     why = (os.strerror(error.errno) if error.errno else str(error)).lower()
     fix = "free space or name another output folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        why = _no_room(path, need)
+        why = _no_room(path, need, _inodes_left(path) if inodes is None else inodes)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         fix = "name an output folder that you may write to"
     if error.errno == errno.EFBIG:
@@ -143,16 +149,32 @@ def disk_error(path: Path, error: OSError, need: int = 0) -> ExpertlyError:
     return ExpertlyError("E401", str(path), why, fix=fix)
 
 
-def _no_room(path: Path, need: int) -> str:
-    """What a full disk lacks: bytes, or entries for further files."""
+def _disk_of(path: Path) -> os.statvfs_result:
+    return os.statvfs(next(folder for folder in path.parents if folder.is_dir()))
+
+
+def _inodes_left(path: Path) -> int:
+    """How many files more the disk has room for, with a large number where it has no limit."""
     try:
-        there = os.statvfs(next(folder for folder in path.parents if folder.is_dir()))
+        disk = _disk_of(path)
+    except OSError:
+        return sys.maxsize
+    return disk.f_favail if disk.f_files else sys.maxsize
+
+
+def _no_room(path: Path, need: int, inodes: int) -> str:
+    """What a full disk lacks: bytes, or entries for further files."""
+    if not inodes:
+        return "disk full: no room for another file (no inodes left)"
+    try:
+        disk = _disk_of(path)
     except OSError:
         return "disk full"
-    if there.f_files and not there.f_favail:
-        return "disk full: no room for another file (no inodes left)"
-    have = size(there.f_bavail * there.f_frsize)
-    return f"disk full: need {size(need)}, have {have}" if need else f"disk full: have {have}"
+    have = disk.f_bavail * disk.f_frsize
+    if not need:
+        return f"disk full: have {size(have)}"
+    more = "" if need > have else "more than "  # file systems need some for themselves
+    return f"disk full: need {more}{size(max(need, have))}, have {size(have)}"
 
 
 @contextmanager
@@ -165,13 +187,14 @@ def _hidden(target: Path, need: int = 0) -> Iterator[Path]:
         _discard(hidden)
         yield hidden
     except BaseException as error:
+        inodes = _inodes_left(target)  # before ours are given back
         _discard(hidden)
         refusal = _refusal(error)
         if refusal is None:
             raise
         # rename says ENOTEMPTY when somebody else saved this target while we wrote
         late = refusal.errno == errno.ENOTEMPTY
-        raise (_in_the_way(target) if late else disk_error(target, refusal, need)) from error
+        raise (_in_the_way(target) if late else disk_error(target, refusal, need, inodes)) from error
 
 
 def _in_the_way(target: Path) -> ExpertlyError:
@@ -181,7 +204,7 @@ def _in_the_way(target: Path) -> ExpertlyError:
 def _refusal(error: BaseException) -> OSError | None:
     """The operating system's part in an error; safetensors, in Rust, has it in its text only."""
     if isinstance(error, OSError):
-        return error
+        return None if error.errno == errno.ENOMEM else error
     found = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 

@@ -24,8 +24,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.listdir(folder) == [LOCK]:  # nothing came of it: leave the name free
-            with suppress(OSError):
+        with suppress(OSError):  # somebody may have deleted it all
+            if os.listdir(folder) == [LOCK]:  # nothing came of it: leave the name free
                 (folder / LOCK).unlink()
                 folder.rmdir()
         os.close(handle)  # and with it goes the lock

@@ -5,7 +5,11 @@ import re
 
 from expertly.errors import ExpertlyError
 
-_SAID = re.compile(r"not enough memory|(can't|cannot|unable to) allocate|out of memory", re.I)
+_SAID = re.compile(
+    r"not enough memory|(can't|cannot|unable to) allocate|out of memory|std::bad_alloc"
+    r"|failed to map segment",  # by a library that is being imported
+    re.I,
+)
 _UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -15,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and bool(_SAID.search(str(error)))
+    return isinstance(error, RuntimeError | ImportError) and bool(_SAID.search(str(error)))
 
 
 def asked_bytes(error: BaseException) -> int | None:

@@ -16,7 +16,7 @@ from expertly.__main__ import main
 from expertly.cli.app import app
 from expertly.cli.options import number, print_json, table
 
-VERBS = ("demo", "train", "compare", "generate", "inspect", "doctor")
+VERBS = ("demo", "train", "watch", "compare", "generate", "inspect", "doctor")
 LINE = re.compile(r"expertly: error\[(E\d{3})\] [^\n]+: [^\n]+\. FIX: [^\n]+\n")
 
 

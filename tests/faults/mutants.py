@@ -153,6 +153,7 @@ _WORDS = (
     "mixtral",
     "qwen3_moe",
 )
+_DEEP = "nested deeply"  # stands for brackets, which Python cannot build as deep as it can read
 _EXTRA: tuple[tuple[str, Any], ...] = (
     ("auto_map", {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
     ("_attn_implementation", "evil/kernel"),
@@ -193,7 +194,9 @@ def config_mutant(config: dict[str, Any], number: int) -> Mutant:
         return Mutant("text", {"config.json": _text_mutant(json.dumps(config), rng)})
     changed = copy.deepcopy(config)
     kinds = [_change(changed, rng) for _ in range(rng.choice([1, 1, 1, 2]))]
-    return Mutant(kinds[0], {"config.json": json.dumps(changed).encode("utf-8", "replace")})
+    depth = rng.choice([10, 300, 900, 100_000])
+    text = json.dumps(changed).replace(f'"{_DEEP}"', "[" * depth + "1" + "]" * depth)
+    return Mutant(kinds[0], {"config.json": text.encode()})
 
 
 def _change(config: dict[str, Any], rng: random.Random) -> str:
@@ -209,10 +212,10 @@ def _change(config: dict[str, Any], rng: random.Random) -> str:
     elif kind == "missing":
         del place[key]
     elif kind == "moved":
-        place[key] = copy.deepcopy(config[rng.choice(sorted(config))])
+        plain = [name for name in sorted(config) if not isinstance(config[name], dict | list)]
+        place[key] = config[rng.choice(plain)]
     elif kind == "deep":
-        depth = rng.choice([10, 300, 900])
-        place[key] = json.loads("[" * depth + "1" + "]" * depth)
+        place[key] = _DEEP
     elif kind == "near" and isinstance(value, int | float):
         place[key] = rng.choice([-value, value + 1, value - 1, value * 2, value / 2, str(value)])
     else:

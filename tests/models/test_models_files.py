@@ -1,6 +1,7 @@
 """A model folder's files: whatever they hold becomes a value or an ExpertlyError, quickly."""
 
 import json
+import shutil
 import struct
 import time
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from expertly.errors import ExpertlyError
-from expertly.models.files import check_layers, read_header, read_headers, weight_files
+from expertly.folders import MANIFEST
+from expertly.models.files import (
+    check_layers,
+    check_manifest,
+    read_header,
+    read_headers,
+    weight_files,
+)
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -227,6 +235,25 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     with pytest.raises(ExpertlyError, match="x is in 2 of its files") as error:
         read_headers(tmp_path)
     assert error.value.code == "E301"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_manifest_that_leaves_a_file_out_vouches_for_nothing(name, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("mixtral"), tmp_path / "copy")
+    assert check_manifest(folder, hashes=True)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"][name]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ExpertlyError, match="is not in the folder's MANIFEST") as error:
+        check_manifest(folder, hashes=False)
+    assert (error.value.code, error.value.what) == ("E301", str(folder / name))
+    (folder / MANIFEST).unlink()
+    assert not check_manifest(folder, hashes=True)
+
+
+def test_packed_weights_may_be_many(place):
+    save_file({"q": torch.zeros(2, 4, dtype=torch.int32), "s": torch.zeros(2)}, place)
+    assert {tensor.name: tensor.weights for tensor in read_header(place)} == {"q": 128, "s": 2}
 
 
 # --- What config.json promises -----------------------------------------------------------------

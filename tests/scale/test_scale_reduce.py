@@ -1,7 +1,7 @@
 """Sums over two real processes, one of them without a token."""
 
 import torch
-import torch.distributed as dist  # noqa: TID251 the two ranks of these tests
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from expertly.moe.policy import Policy, decide

@@ -1,7 +1,9 @@
 """What a checkpoint holds: a stock model folder, and our state in expertly/."""
 
 import json
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -123,6 +125,11 @@ def test_the_receipt_names_its_data_and_its_machine(trained):
     assert all(len(digest) == 64 for digest in inputs["held_out"]["sha256"].values())
     assert inputs["documents"] == {each.domain: each.counts for each in job.sets}
     assert list(inputs["documents"]) == job.domains == ["words", "digits"]
+
+
+def test_the_receipt_follows_its_schema(trained):
+    schema = json.loads((Path(__file__).parents[2] / "docs/receipt.schema.json").read_text())
+    jsonschema.validate(json.loads((trained[2].run / "receipt.json").read_text()), schema)
 
 
 def test_the_receipt_says_when_stock_loaders_compute_another_function(configure, tmp_path):

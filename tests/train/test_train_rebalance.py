@@ -61,9 +61,12 @@ def test_each_remedy_is_stronger_and_json_holds_it():
     optim, router = OptimConfig(learning_rate=1e-3), RouterConfig(router_aux_loss_coef=0.03)
     none = Remedy()
     assert none.router(router) == router
-    first, second = none.after(optim), none.after(optim).after(optim)
+    first, second = none.after(optim, [1]), none.after(optim, [1]).after(optim, [1, 2])
     assert (first.times, second.times) == (1, 2)
     assert second.aux_floor > first.aux_floor > 0
+    other = first.after(optim, [0])
+    assert other == replace(first, layers=[0, 1]), "not a relapse: the same dose"
+    assert other.after(optim, [0]).times == 2
     assert first.router_lr_cap == 1e-3 and second.router_lr_cap < 1e-3
     assert first.router(router).router_aux_loss_coef == 0.03, "a floor, not a value"
     assert second.router(replace(router, router_aux_loss_coef=0)).router_aux_loss_coef > 0.01
@@ -72,9 +75,10 @@ def test_each_remedy_is_stronger_and_json_holds_it():
 
 def test_the_cap_is_on_routers_alone(tiny, tiny_ids):
     model, attachment, optimizer = stepped(tiny, "qwen3_moe", tiny_ids)
+    optim = OptimConfig(learning_rate=1e-3)
     Remedy().cap(optimizer, attachment)
     assert sorted({group["base_lr"] for group in optimizer.param_groups}) == [1e-3, 0.1]
-    remedy = Remedy().after(OptimConfig(learning_rate=1e-3)).after(OptimConfig())
+    remedy = Remedy().after(optim, [1]).after(optim, [1])
     remedy.cap(optimizer, attachment)
     set_learning_rate(optimizer, 1.0)
     routers = {id(layer.router.weight) for layer in moe_layers(model)}
@@ -99,7 +103,7 @@ def trained(job, config, top_k, *, remedied, steps):
         raised += [step + 1] * bool(found)
         if found and remedied:
             rebalance(job.model, job.attachment, job.optimizer, found)
-            remedy = remedy.after(config.optim)
+            remedy = remedy.after(config.optim, found)
             remedy.cap(job.optimizer, job.attachment)
             alarms.reset(found)
     return raised, collapse(sum(chosen[-16:]), top_k).max().item(), sum(losses[-16:]) / 16
@@ -107,7 +111,7 @@ def trained(job, config, top_k, *, remedied, steps):
 
 def test_a_collapsed_run_is_alarmed_and_recovers(configure, tmp_path):
     cause = (
-        "model.num_experts=8",
+        "model.num_experts=16",
         "router.router_aux_loss_coef=0",
         "router.router_z_loss_coef=0",
         "optim.router_learning_rate=0.2",
@@ -119,5 +123,5 @@ def test_a_collapsed_run_is_alarmed_and_recovers(configure, tmp_path):
         ends.append(trained(job, config, 2, remedied=remedied, steps=70))
     (first, ill, ill_loss), (again, well, well_loss) = ends
     assert first[0] == again[0] <= 50
-    assert len(again) == 1 and well < 0.3 < 0.4 < ill, "the load recovers, and stays"
+    assert len(again) == 1 and well < 0.35 < 0.5 < ill, "the load recovers, and stays"
     assert well_loss < 1.05 * ill_loss

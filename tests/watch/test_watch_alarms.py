@@ -74,7 +74,7 @@ def test_an_alarm_begins_within_50_steps_once_and_ends(kind, fields, experts, on
         changes = alarms.add(step, counts, looked)
         raised += changes.raised
         cleared += [(step, *ended) for ended in changes.cleared]
-        assert len(alarms.open) == len(raised) - len(cleared)
+        assert [each.step for each in alarms.open] == [each.step for each in raised[len(cleared) :]]
     (alarm,) = raised
     assert (alarm.kind, alarm.layer, alarm.experts) == (kind, 1, experts)
     assert onset < alarm.step <= onset + 50
@@ -148,6 +148,14 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_been():
     assert before.open == through.open
 
 
+def test_an_expert_is_not_dead_by_chance():
+    for tokens, found in ((4, []), (8, ["dead"])):  # an even share of 48 or 96 assignments
+        alarms = Alarms(LAYERS, EXPERTS, TOP_K)
+        for step in range(1, 60):
+            alarms.add(step, step_counts([1.0] * 7 + [0.0], seed=step, tokens=tokens))
+        assert [alarm.kind for alarm in alarms.open] == found
+
+
 def test_a_reset_layer_is_seen_afresh():
     alarms = Alarms(LAYERS, EXPERTS, TOP_K)
     both = [0.5, 0.5] + [0.0] * 6
@@ -156,7 +164,7 @@ def test_a_reset_layer_is_seen_afresh():
         counts.chosen[0] = counts.chosen[1]
         alarms.add(step, counts)
     assert [alarm.layer for alarm in alarms.open] == [0, 1]
-    alarms.reset([1])
+    assert alarms.reset([1]) == [("collapse", 1)]
     assert [alarm.layer for alarm in alarms.open] == [0]
     changes = [alarms.add(step, step_counts(both, seed=step)) for step in range(60, 60 + WINDOW)]
     again = [alarm for each in changes for alarm in each.raised]

@@ -11,6 +11,7 @@ from expertly.cli.doctor import doctor
 from expertly.cli.generate import generate
 from expertly.cli.inspect import inspect
 from expertly.cli.train import train
+from expertly.cli.watch import watch
 
 app = typer.Typer(
     name="expertly",
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, train, compare, generate, inspect, doctor):
+for verb in (demo, train, watch, compare, generate, inspect, doctor):
     app.command()(verb)
 
 

@@ -27,7 +27,6 @@ _WHOLE = {
     **dict.fromkeys(
         ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), (1, 2**16)
     ),
-    "intermediate_size": (1, 2**24),
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), (1, 2**40)),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), (1, 2**20)),
     **dict.fromkeys(("qk_rope_head_dim", "n_group", "topk_group"), (1, 2**16)),

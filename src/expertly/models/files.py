@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
 from expertly.families import family_of, sizes
-from expertly.folders import read_json
+from expertly.folders import MANIFEST, read_json, verify
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"  # with it, peft would load another folder's weights
@@ -58,6 +58,11 @@ class TensorHeader(NamedTuple):
     def parameters(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+    @property
+    def weights(self) -> int:
+        """How many weights it may hold at most: whole numbers may be packed ones, of 2 bits."""
+        return self.parameters if "F" in self.dtype else 4 * self.size
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -112,6 +117,21 @@ def read_headers(folder: Path) -> list[TensorHeader]:
         why = f"{name} is in {times} of its files"
         raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
     return tensors
+
+
+def check_manifest(folder: Path, *, hashes: bool) -> bool:
+    """Whether there is a manifest; then it agrees, and lists config.json and all weights.
+
+    Raises what folders.verify does, and E301 for a file that it does not list.
+    """
+    if not verify(folder, hashes=hashes):
+        return False
+    listed = read_json(folder / MANIFEST)["files"]
+    for file in (folder / "config.json", *weight_files(folder)):
+        if file.name not in listed:
+            why = f"is not in the folder's {MANIFEST}"
+            raise ExpertlyError("E301", str(file), why, fix="copy the folder again")
+    return True
 
 
 def check_layers(folder: Path, config: Mapping[str, Any], tensors: Sequence[TensorHeader]) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from expertly.families import family_of, sizes
-from expertly.folders import verify
 from expertly.models.configs import read_config
-from expertly.models.files import TensorHeader, check_layers, read_headers
+from expertly.models.files import TensorHeader, check_layers, check_manifest, read_headers
 
 # the first pattern that a tensor's name matches says which part of the model it is
 _PARTS = (
@@ -50,7 +49,7 @@ def inspect_folder(folder: Path, *, hashes: bool = False) -> Inspection:
     files.
     """
     config = read_config(folder)
-    verified = verify(folder, hashes=hashes)
+    verified = check_manifest(folder, hashes=hashes)
     tensors = read_headers(folder)
     check_layers(folder, config, tensors)
     return _summary(config, tensors, verified)

@@ -25,11 +25,10 @@ from transformers.utils import logging as transformers_logging
 from expertly.errors import ExpertlyError, nearest
 from expertly.families import FAMILIES
 from expertly.folders import read_json, write_json
-from expertly.folders import verify as check_manifest
 from expertly.models.attach import Attachment, attached
 from expertly.models.configs import read_config
 from expertly.models.experts import register_experts
-from expertly.models.files import check_layers, read_headers
+from expertly.models.files import check_layers, check_manifest, read_headers
 from expertly.models.policies import (
     attach_saved,
     read_policy,
@@ -203,7 +202,7 @@ def _check_files(folder: Path, config: PretrainedConfig, *, hashes: bool) -> boo
     verified = check_manifest(folder, hashes=hashes)
     tensors = read_headers(folder)
     check_layers(folder, read_config(folder), tensors)
-    _check_count(folder, config, sum(tensor.parameters for tensor in tensors))
+    _check_count(folder, config, sum(tensor.weights for tensor in tensors))
     return verified
 
 

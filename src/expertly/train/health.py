@@ -34,6 +34,8 @@ class Health:
 
     def look(self, step: int) -> None:
         """Before the step after `step` others: have the experts' outputs measured in it, if due."""
+        self.norms = None
+        self._probe.read()  # a step that was refused was not heeded: no later one takes its norms
         if (step + 1) % _LOOK == 0:
             self._probe.arm()
 

@@ -81,7 +81,9 @@ class RunLog:
 
     def begin(self, at: int | None) -> None:
         """Go on behind step `at`: records of later steps are taken back. None: from the start."""
-        self._waiting.clear()
+        # what waits of earlier steps is not taken back: no later step will write it again
+        early = (kept for kept in self._waiting if at is not None and kept[1]["step"] <= at)
+        self._waiting = deque(early, maxlen=_WAITING)
         forget_after(self._run, -1 if at is None else at)
         self._progress.update(self._task, completed=at or 0)
         if self._new_board is not None:

@@ -124,6 +124,8 @@ def _loop(run: Run, at: Progress) -> TrainResult | GoBack:
     while at.step < last and not run.stop.asked:
         done, at, back = _step(run, at)
         if back is not None:
+            if run.stop.asked:  # nothing to save: a resumed run meets the same batch, and goes back
+                raise Stopped(run.stop.signum)
             return back
 
         # Once in a while: report, evaluate, save; and always at the end.
@@ -169,6 +171,8 @@ def _result(run: Run, at: Progress, done: Step | None, held_out: HeldOut | None)
     folder = Path(run.config.output_dir)
     if held_out is None:  # it was done already, and has written this evaluation down
         held_out = _held_out(run)
+        if run.stop.asked:  # of a part of the text
+            raise Stopped(run.stop.signum)
     return TrainResult(
         run=folder,
         checkpoint=checkpoint_at(folder, at.step),

@@ -16,6 +16,7 @@ from expertly.receipts import Check, Receipt, fingerprint, versions, write
 from expertly.train.config import TrainConfig
 from expertly.train.evaluate import HeldOut
 from expertly.train.setup import Job
+from expertly.watch.records import METRICS, read_records
 from expertly.watch.stats import LayerCounts
 
 
@@ -86,10 +87,18 @@ def write_receipt(
             "held_out_loss_by_domain": held_out.domains,
             "parameters": saved.total,
             "active_parameters": saved.active,
+            "trouble": _trouble(run),
         },
     )
     write(receipt, run)
     return receipt
+
+
+def _trouble(run: Path) -> dict[str, int]:
+    """How often something was wrong on the way, from what the run wrote down."""
+    records = read_records(run / METRICS)
+    kinds = ("alarm", "skipped", "rolled_back", "rebalanced")
+    return {kind: sum(kind in record for record in records) for kind in kinds}
 
 
 def _inputs(config: TrainConfig, job: Job) -> dict[str, Any]:

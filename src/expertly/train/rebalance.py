@@ -1,11 +1,11 @@
-"""What `router.on_collapse=rebalance` does: draw a collapsed router anew, and steer it from then on.
+"""What `router.on_collapse=rebalance` does: draw a collapsed router anew, and steer it afterwards.
 
 Drawing alone would not last, because what collapsed the router is still there. So a remedy goes
 with it, that the loop keeps in its progress and applies at every step: a least balance loss, and a
 highest learning rate for routers. When a router has collapsed is for expertly.watch.alarms.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.optim import AdamW
@@ -19,20 +19,31 @@ _AUX = 0.02  # on Hugging Face's scale
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """What steers a run's routers once some were drawn anew; plain numbers, so that JSON holds it.
+    """What steers a run's routers once some were drawn anew; plain values, so that JSON holds it.
 
-    times: how often that was. Before the first time it changes nothing.
+    Before the first dose it changes nothing.
     """
 
-    times: int = 0
+    times: int = 0  # doses given so far
+    layers: list[int] = field(default_factory=list)  # drawn anew under the present dose
     aux_floor: float = 0.0  # router_aux_loss_coef is at least this
     router_lr_cap: float | None = None  # and the routers' learning rate at most this
 
-    def after(self, optim: OptimConfig) -> "Remedy":
-        """The remedy after one more rebalancing: each time twice the floor, half the rate."""
+    def after(self, optim: OptimConfig, layers: list[int]) -> "Remedy":
+        """The remedy after rebalancing some layers: stronger when one of them has relapsed.
+
+        Each dose has twice the floor and half the rate of the one before. A cause is seen in one
+        layer sooner than in another, so others that follow get the dose that is there.
+        """
+        if self.times and not set(layers) & set(self.layers):
+            return replace(self, layers=sorted({*self.layers, *layers}))
         dose = 2**self.times
-        rate = optim.learning_rate / dose
-        return Remedy(times=self.times + 1, aux_floor=_AUX * dose, router_lr_cap=rate)
+        return Remedy(
+            times=self.times + 1,
+            layers=sorted(layers),
+            aux_floor=_AUX * dose,
+            router_lr_cap=optim.learning_rate / dose,
+        )
 
     def router(self, config: RouterConfig) -> RouterConfig:
         """The router's config as it is to be followed from now on."""

@@ -8,9 +8,7 @@ from expertly.train.checkpoint import Progress
 from expertly.train.evaluate import HeldOut
 from expertly.train.log import RunLog
 from expertly.train.update import Step
-from expertly.watch.stats import LayerCounts, layer_stats
-
-_PER_LAYER = ("router_confidence", "dropped_frac", "aux_loss_per_k")  # the load says the rest
+from expertly.watch.snapshots import shares, snapshot
 
 
 def write_step(
@@ -30,14 +28,14 @@ def write_step(
         log.metrics({**_where(at), "train": train})
         return
     log.metrics({**_where(at), "train": train, "moe": done.health})
-    log.router({**_where(at), **_router(done.counts, norms)})
+    log.router({**_where(at), **snapshot(done.counts, norms)})
 
 
 def write_evaluation(log: RunLog, at: Progress, held_out: HeldOut) -> None:
     """Held-out losses, and which experts each domain's tokens went to."""
     log.metrics({**_where(at), "eval": {"loss": held_out.loss, "domain": held_out.domains}})
     if held_out.loads:
-        loads = {name: _shares(load) for name, load in held_out.loads.items()}
+        loads = {name: shares(load) for name, load in held_out.loads.items()}
         log.router({**_where(at), "domains": loads})
 
 
@@ -53,25 +51,3 @@ def status(done: Step, at: Progress) -> str:
 
 def _where(at: Progress) -> dict[str, Any]:
     return {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
-
-
-def _router(counts: LayerCounts, norms: Tensor | None) -> dict[str, Any]:
-    layers = layer_stats(counts)
-    said: dict[str, Any] = {
-        "load": _shares(counts.load),
-        "mass": _shares(counts.mass),
-        "layers": {name: _rounded(layers[name].tolist()) for name in _PER_LAYER},
-    }
-    if norms is not None:
-        said["norms"] = [_rounded(row) for row in norms.tolist()]
-    return said
-
-
-def _shares(load: Tensor) -> list[list[float]]:
-    """A load (layers, experts) as shares of 1."""
-    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-    return [_rounded(row) for row in share.tolist()]
-
-
-def _rounded(values: list[float]) -> list[float]:
-    return [round(value, 5) for value in values]

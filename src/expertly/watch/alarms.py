@@ -150,13 +150,18 @@ class Alarms:
         """The alarms that have begun and not ended, with their figures of now."""
         return [self._alarm(*where) for where in (self._state["began"] >= 0).nonzero().tolist()]
 
-    def reset(self, layers: list[int]) -> None:
-        """Forget what was seen of some layers, and close their alarms: they were drawn anew."""
+    def reset(self, layers: list[int]) -> list[tuple[str, int]]:
+        """Forget what was seen of some layers, because they were drawn anew.
+
+        Returns the alarms that this ends, as (kind, layer).
+        """
+        ended = [(alarm.kind, alarm.layer) for alarm in self.open if alarm.layer in layers]
         for name in ("chosen", "served", "confidence", "tokens", "figure", "experts"):
             self._state[name][:, layers] = 0
         self._state["seen"][layers] = 0
         self._state["norms"][layers] = math.nan
         self._state["began"][:, layers] = -1
+        return ended
 
     def state(self) -> dict[str, Tensor]:
         """All of its memory, for a checkpoint."""

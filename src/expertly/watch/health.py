@@ -80,7 +80,7 @@ class Watch:
         self._forwards = 0
         self._probe.arm()
         at_work = attached(self._model)
-        watched = watch_set(self.counts, at_work and at_work.biases())
+        watched = watch_set(self.counts, at_work.biases() if at_work else None)
         return {**watched, "alarms": [alarm._asdict() for alarm in self._alarms.open]}
 
     def _read_norms(self) -> Tensor | None:

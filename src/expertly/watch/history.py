@@ -29,23 +29,41 @@ def history(run: Path) -> dict[str, Any]:
     damaged line.
     """
     metrics, snapshots, domains = _read(run)
+    found = [folder for folder in checkpoints(run) if (folder / "config.json").is_file()]
+    config = read_json(found[-1] / "config.json") if found else {}
+    return report(run.resolve().name, "run", config, metrics, snapshots, domains)
+
+
+def report(
+    title: str,
+    kind: str,
+    config: Record,
+    metrics: Sequence[Record],
+    snapshots: Sequence[Record],
+    domains: Record,
+) -> dict[str, Any]:
+    """The report of records as a run writes them, wherever they are from.
+
+    kind: "run" or "model". config: the model's; empty when it is not known. domains: the loads of
+    each domain, shares per layer; may be empty.
+    """
     last = snapshots[-1]
     layers, experts = len(last["load"]), len(last["load"][0])
-    model = _model(run, metrics, layers)
     alarms = _alarms(metrics)
     domain_cells = len(domains) * layers * experts
     kept = _thin(snapshots, (MOST_CELLS - domain_cells) // (layers * experts))
+    measured = [record["norms"] for record in snapshots if "norms" in record]
     return {
-        "title": run.resolve().name,
-        "kind": "run",
-        **model,
+        "title": title,
+        "kind": kind,
+        **_model(config, metrics, layers),
         "layers": layers,
         "experts": experts,
         "tokens": last["tokens"],
         "steps": [record["step"] for record in kept],
         "load": [over_even(record["load"]) for record in kept],
         "series": _series(kept),
-        "norms": _over_median(last["norms"]) if "norms" in last else None,
+        "norms": _over_median(measured[-1]) if measured else None,
         "domains": _domains(domains),
         "drift": None,
         "alarms": alarms,
@@ -92,10 +110,8 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Record
     return read_records(run / METRICS), snapshots, (domains or [{}])[-1]
 
 
-def _model(run: Path, metrics: Sequence[Record], layers: int) -> dict[str, Any]:
-    """Family, top_k and the layers' names, from the newest checkpoint; else from the records."""
-    found = [folder for folder in checkpoints(run) if (folder / "config.json").is_file()]
-    config = read_json(found[-1] / "config.json") if found else {}
+def _model(config: Record, metrics: Sequence[Record], layers: int) -> dict[str, Any]:
+    """Family, top_k and the layers' names, from the model's config; else from the records."""
     if family_of(config) is None:
         names = [f"layer {layer}" for layer in range(layers)]
         return {"family": "unknown", "top_k": _top_k(metrics), "names": names}

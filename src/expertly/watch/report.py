@@ -25,6 +25,10 @@ def readings(watched: Mapping[str, Any]) -> list[Reading]:
     ]
 
 
-def spread(load: list[float]) -> str:
-    """A layer's load, shares that sum to 1, as one bar per expert; half height is an even share."""
-    return "".join(_BLOCKS[min(7, int(share * len(load) * 4))] for share in load)
+def spread(load: list[float], even: float | None = None) -> str:
+    """A layer's load as one bar per expert; half height is an even share.
+
+    even: what an even share is; None: the loads are shares of 1.
+    """
+    even = even or 1 / len(load)
+    return "".join(_BLOCKS[min(7, int(share / even * 4))] for share in load)

@@ -1,0 +1,105 @@
+"""expertly watch: are the experts alive? A table, and a page to look at."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expertly.cli.options import Json, print_json, table
+
+_ROWS = 12  # layers in the table at most, the worst ones; the page has all
+
+
+def watch(
+    target: Annotated[
+        Path, typer.Argument(help="A run's folder, or a model's.", show_default=False)
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for a model to read: a file, folder or stdlib; may be repeated."),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A model folder: how far has the router drifted from it?")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="To read, of each domain.")] = 8192,
+    output: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="watch-NAME.html")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show how a router spreads its tokens, what is wrong and what to do about it.
+
+    A run is read from what it wrote down; a model, wherever it was trained, reads some text
+    (stdlib unless --data says otherwise). With --data or --reference a run's newest checkpoint
+    does. Example: expertly watch runs/demo/moe
+    """
+    from expertly.folders import checkpoints, save_file
+    from expertly.watch.history import history
+    from expertly.watch.page import page
+    from expertly.watch.records import METRICS
+
+    is_run = (target / METRICS).is_file()
+    if is_run and not (data or reference):
+        report = history(target)
+    else:
+        saved = checkpoints(target) if is_run else []
+        report = _audit(saved[-1] if saved else target, data or ["stdlib"], reference, tokens)
+    file = output or Path(f"watch-{target.resolve().name}.html")
+    save_file(file, page(report))
+    if json:
+        print_json(report)
+        return
+    typer.echo(_text(report))
+    typer.echo(f"\npage          {file}")
+
+
+def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -> dict[str, Any]:
+    """The report of a model folder, and how it differs from another on the same text."""
+    import torch
+
+    from expertly.data.config import Source
+    from expertly.data.sample import sample_rows
+    from expertly.models.configs import read_config
+    from expertly.models.loading import open_model
+    from expertly.models.tokenizer import encode_batch, open_tokenizer
+    from expertly.watch.audit import audit, drift, look
+    from expertly.watch.records import finite
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    config, tokenizer = read_config(folder), open_tokenizer(folder)
+    longest = int(config.get("max_position_embeddings", 512))
+    rows = sample_rows(
+        [Source(path=path) for path in data],
+        lambda texts: encode_batch(tokenizer, texts),
+        tokenizer.eos_token_id,
+        tokens=tokens,
+        sequence_length=min(512, longest),
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seen = look(open_model(folder, device=device), rows, say)
+    resolved = folder.resolve()
+    report = audit(f"{resolved.parent.name}/{resolved.name}", config, seen)
+    if reference is not None:
+        say(f"reference {reference}")
+        report["drift"] = drift(
+            seen, look(open_model(reference, device=device), rows, say), reference.name
+        )
+    return finite(report)
+
+
+def _text(report: dict[str, Any]) -> str:
+    """The report for a terminal: the numbers, the worst layers, what to do about each alarm."""
+    from expertly.watch.report import readings, spread
+
+    rows = [["router", "now", "healthy"], *map(list, readings(report["summary"]))]
+    worst, last = report["worst"][:_ROWS], report["load"][-1]
+    width = max(len(report["names"][layer]) for layer in worst)
+    bars = [
+        f"{report['names'][layer].ljust(width)}  {spread(last[layer], even=1)}" for layer in worst
+    ]
+    title = "load of each expert, the worst layer first (half height is an even share)"
+    open_alarms = [alarm for alarm in report["alarms"] if alarm["cleared"] is None]
+    lines = [f"alarm: {alarm['what']}\n       {alarm['advice']}" for alarm in open_alarms]
+    return "\n".join([table(rows), "", title, *bars, "", *(lines or ["no alarm is open"])])
