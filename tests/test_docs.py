@@ -57,6 +57,13 @@ def test_every_router_and_every_watched_number_is_documented():
     assert all(f"`{name}`" in page for name in [*ROUTERS, *watch_set(counts)])
 
 
+def test_every_alarm_is_documented():
+    from expertly.watch.alarms import KINDS
+
+    page = (DOCS / "watch.md").read_text()
+    assert set(re.findall(r"^\| `([a-z]+)` \|", page, flags=re.M)) == set(KINDS)
+
+
 def test_the_error_page_lists_exactly_the_codes():
     listed = re.findall(r"^\| (E\d{3}) \| (.*) \|$", (DOCS / "errors.md").read_text(), flags=re.M)
     assert dict(listed) == CODES
@@ -86,7 +93,7 @@ def test_a_receipt_follows_its_schema(passed, tmp_path):
     needed = schema["allOf"][1]["then"]["properties"]
     receipt = receipts.Receipt(
         job="train",
-        inputs=dict.fromkeys(needed["inputs"]["required"], {}),
+        inputs=dict.fromkeys(needed["inputs"]["required"], "known"),
         versions=receipts.versions("torch"),
         changed={"experts": "8 of 8"},
         checks=(receipts.Check("experts moved", passed, 8, "more than 0"),),

@@ -279,6 +279,8 @@ def _serve() -> None:
 
 
 def _keep(order: dict) -> None:
+    for suffix in (".err", ".out"):
+        Path(order["log"]).with_suffix(suffix).touch()
     pid = os.fork()
     if not pid:
         _run(order)
@@ -296,8 +298,8 @@ def _put(file: Path, number: int) -> None:
 
 def _run(order: dict) -> None:
     log = Path(order["log"])
-    error = os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    output = os.open(log.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    error = os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_APPEND)
+    output = os.open(log.with_suffix(".out"), os.O_WRONLY | os.O_APPEND)
     if not order["reader"]:
         reader, error = os.pipe()
         os.close(reader)

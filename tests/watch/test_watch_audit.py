@@ -88,5 +88,5 @@ def test_a_dense_model_has_no_routers(tiny_model):
     from expertly.models.build import build_model, model_config, twin_config
 
     dense = build_model(twin_config(model_config("qwen3_moe", {"vocab_size": 300})))
-    with pytest.raises(ExpertlyError, match="E306|E305"):
+    with pytest.raises(ExpertlyError, match=r"E30[56]"):
         look(dense, ROWS, quiet)

@@ -122,6 +122,11 @@ def load_weights(
     return model
 
 
+def check_model(folder: Path, *, verify: bool) -> bool:
+    """Check a folder as load_weights does, without opening its weights; False: no manifest."""
+    return _check_files(folder, open_config(folder), hashes=verify)
+
+
 def open_config(folder: Path) -> PretrainedConfig:
     """The folder's config, without running any code it brings. Raises E305, E301."""
     _refuse_code(folder, read_config(folder))

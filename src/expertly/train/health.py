@@ -49,12 +49,15 @@ class Health:
         for alarm in raised:
             log.metrics({"step": step, "alarm": alarm._asdict()})
             log.say(f"alarm at step {step}: {alarm.kind}: {alarm.what}. Advice: {alarm.advice}")
-        for kind, layer in cleared:
-            log.metrics({"step": step, "cleared": {"kind": kind, "layer": layer}})
-            log.say(f"alarm cleared at step {step}: {kind} in layer {layer}")
+        self._clear(step, cleared, log)
         collapsed = [alarm for alarm in raised if alarm.kind == "collapse"]
         if collapsed and self._config.router.on_collapse != "warn":
             self._remedy(step, collapsed, log)
+
+    def _clear(self, step: int, cleared: list[tuple[str, int]], log: RunLog) -> None:
+        for kind, layer in cleared:
+            log.metrics({"step": step, "cleared": {"kind": kind, "layer": layer}})
+            log.say(f"alarm cleared at step {step}: {kind} in layer {layer}")
 
     def _remedy(self, step: int, collapsed: list[Alarm], log: RunLog) -> None:
         """Draw the collapsed routers anew, or raise E503."""
@@ -66,9 +69,9 @@ class Health:
             raise ExpertlyError("E503", what, why, fix=collapsed[0].advice)
         layers = [alarm.layer for alarm in collapsed]
         rebalance(self._job.model, self._attachment, self._job.optimizer, layers)
-        self.remedy = self.remedy.after(self._config.optim)
+        self.remedy = self.remedy.after(self._config.optim, layers)
         self.remedy.cap(self._job.optimizer, self._attachment)
-        self.alarms.reset(layers)
+        self._clear(step, self.alarms.reset(layers), log)
         remedy = self.remedy
         log.metrics({"step": step, "rebalanced": {"layers": layers}})
         log.say(

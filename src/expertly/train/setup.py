@@ -21,7 +21,7 @@ from expertly.models.attach import Attachment, attach
 from expertly.models.build import ModelShape, build_model, model_config, twin_config
 from expertly.models.experts import add_expert_dropout
 from expertly.models.layers import own_policy
-from expertly.models.loading import Model, Tokenizer, load_weights, open_config
+from expertly.models.loading import Model, Tokenizer, check_model, load_weights, open_config
 from expertly.models.policies import SavedPolicy, fill_bias, read_policy, require_sayable
 from expertly.models.tokenizer import (
     encode_batch,
@@ -37,6 +37,13 @@ from expertly.train.optimizer import build_optimizer
 
 # a byte-level BPE of a few thousand tokens does not get better from more text than this
 _TOKENIZER_BYTES = 16 * 1024 * 1024
+
+# counts of what a domain lost, and what one and many of them are called
+_LEFT_OUT = (
+    ("undecodable", "file not UTF-8, left out", "files not UTF-8, left out"),
+    ("bad", "unreadable row, left out", "unreadable rows, left out"),
+    ("duplicates", "copy", "copies"),
+)
 
 Say = Callable[[str], None]  # one line for the user
 
@@ -69,6 +76,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     allowed = config.router.allow_non_stock
     stock = policy is None or require_sayable(raw, policy, allow_non_stock=allowed)
     device = torch.device(pick_device(config.device))
+    if folder is not None and checkpoint is None:
+        check_model(folder, verify=True)  # before hours of tokenising; a checkpoint was checked
     config = replace(config, data=_expanded(config.data, say))
     tokenizer = _tokenizer(config.data, folder, say)
     sets = tokenize(config.data, tokenizer, say)
@@ -156,6 +165,7 @@ def tokenize(data: DataConfig, tokenizer: Tokenizer, say: Say) -> list[TokenSet]
         encoder,
         eval_fraction=data.eval_fraction,
         cache_dir=data.cache_dir,
+        skip_bad=data.skip_bad,
         progress=_now_and_then(say),
     )
     for each in sets:
@@ -167,14 +177,11 @@ def _told(each: TokenSet) -> str:
     """A domain's line: its tokens, and what of it was left out."""
     train, held_out = len(each.train), len(each.held_out)
     line = f"data: {each.domain}: {train:,} tokens to train on, {held_out:,} held out"
-    unreadable, copies = each.counts["undecodable"], each.counts["duplicates"]
-    left_out = []
-    if unreadable:
-        left_out.append(
-            f"{unreadable:,} {'files' if unreadable > 1 else 'file'} not UTF-8, left out"
-        )
-    if copies:
-        left_out.append(f"{copies:,} {'copies' if copies > 1 else 'copy'}")
+    left_out = [
+        f"{count:,} {many if count > 1 else one}"
+        for key, one, many in _LEFT_OUT
+        if (count := each.counts[key])
+    ]
     return f"{line} ({'; '.join(left_out)})" if left_out else line
 
 
@@ -230,7 +237,9 @@ def _tokenizer(data: DataConfig, folder: Path | None, say: Say) -> Tokenizer:
     kept = cache_root(data.cache_dir) / f"tokenizer-{sources_key(data.sources, *parts)}"
     if not kept.is_dir():
         say(f"tokenizer: training a byte-level BPE of {data.vocab_size:,} tokens")
-        texts = training_sample(data.sources, _TOKENIZER_BYTES, data.eval_fraction)
+        texts = training_sample(
+            data.sources, _TOKENIZER_BYTES, data.eval_fraction, skip_bad=data.skip_bad
+        )
         trained = train_tokenizer(texts, data.vocab_size)
         try:
             save_folder(kept, lambda folder: save_tokenizer(trained, folder))

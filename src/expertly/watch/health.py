@@ -28,7 +28,7 @@ class Watch:
     """A context manager that counts every forward of a model, padding left out.
 
     window: how many reads the alarms look at together. 1, for evaluation and audits: each read by
-    itself; 16 for a training loop that reads at every step. reduce: sums tensors over ranks, as
+    itself; 48 for a training loop that reads at every step. reduce: sums tensors over ranks, as
     expertly.scale.reduce.sum_over_ranks does; then all ranks read together. counts and norms are
     those of the last read: the norms (layers, experts), NaN where unknown.
     Raises E306 for an unknown family, E305 for a model without an MoE layer.

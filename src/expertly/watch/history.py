@@ -206,9 +206,7 @@ def _alarms(metrics: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _ends(record: Record, alarm: Record) -> bool:
-    """Whether a record ends an alarm; a router that was drawn anew begins without any."""
-    if "rebalanced" in record:
-        return alarm["layer"] in record["rebalanced"]["layers"]
+    """Whether a record ends an alarm."""
     ended = record.get("cleared", {})
     return (ended.get("kind"), ended.get("layer")) == (alarm["kind"], alarm["layer"])
 
