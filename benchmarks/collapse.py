@@ -1,6 +1,6 @@
 """Do the alarms hold? Routers that collapse must raise one soon, healthy ones none, ever.
 
-Run: python benchmarks/collapse.py [collapse | healthy] [--steps 300]
+Run: python benchmarks/collapse.py [collapse | healthy] [--steps 300] [--seed 0]
 Tiny models on real text, the demo's config made small. A collapse has one of two causes: no balance
 loss and a high router learning rate, or from step 100 a selection bias of +10 for one expert.
 Onset: the first of 8 steps on end in which some layer's raw load (before capacity, of that step
@@ -85,9 +85,9 @@ def run(family: str, experts: int, top_k: int, seed: int, *more: str, **fields: 
     return Run(name, overrides, top_k, **fields)
 
 
-def collapsing() -> Iterator[Run]:
+def collapsing(first_seed: int) -> Iterator[Run]:
     """20 runs that collapse."""
-    seeds, families = count(), list(FAMILIES)
+    seeds, families = count(first_seed), list(FAMILIES)
     sizes = [(16, 2), (8, 2), (4, 2), (8, 1), (16, 4), (32, 4), (64, 8)]
     for index, (experts, top_k) in enumerate(sizes):
         for turn, rate in enumerate((0.03, 0.2)):
@@ -107,7 +107,7 @@ def collapsing() -> Iterator[Run]:
         yield run(family, experts, top_k, next(seeds), *more, bump=True)
 
 
-def healthy() -> Iterator[Run]:
+def healthy(first_seed: int) -> Iterator[Run]:
     """20 runs that do not."""
     sizes = [(16, 2), (8, 2), (4, 2), (8, 1), (16, 4), (32, 4), (4, 1), (64, 8), (4, 3)]
     variants = [
@@ -122,7 +122,7 @@ def healthy() -> Iterator[Run]:
         more = variants[(index + index // 4) % 5]
         if family == "deepseek_v3":
             more = (*more, "router.bias_update_rate=0.001")
-        yield run(family, *sizes[(index * 2 + index // 9) % 9], 100 + index, *more)
+        yield run(family, *sizes[(index * 2 + index // 9) % 9], first_seed + index, *more)
 
 
 def drive(asked: Run, overrides: Sequence[str], steps: int, *, remedied: bool) -> Iterator[Seen]:
@@ -211,11 +211,12 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("collapse", "healthy"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--first", type=int, default=20, help="only that many runs of each")
+    parser.add_argument("--seed", type=int, default=0, help="of the first; the limits saw 0")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for what, runs, tell in (
-        ("collapse", collapsing(), tell_collapse),
-        ("healthy", healthy(), tell_healthy),
+        ("collapse", collapsing(asked.seed), tell_collapse),
+        ("healthy", healthy(asked.seed + 100), tell_healthy),
     ):
         if asked.what in (None, what):
             print(what, {name: kind.limit for name, kind in KINDS.items()})

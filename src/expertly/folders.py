@@ -173,8 +173,8 @@ def _no_room(path: Path, need: int, inodes: int) -> str:
     have = disk.f_bavail * disk.f_frsize
     if not need:
         return f"disk full: have {size(have)}"
-    more = "" if need > have else "more than "  # file systems need some for themselves
-    return f"disk full: need {more}{size(max(need, have))}, have {size(have)}"
+    more = "" if need > have else "more than "  # a quota, or what file systems take for themselves
+    return f"disk full: need {more}{size(need)}, have {size(have)}"
 
 
 @contextmanager

@@ -36,6 +36,14 @@ def test_it_is_the_same_every_time(texts):
     assert all((a == b).all() for a, b in zip(*[rows(texts).values() for _ in "ab"], strict=True))
 
 
+def test_a_large_domain_is_read_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr("expertly.data.sample._READ", 5000)
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text(name * 2000)
+    found = {chr(token) for token in rows(tmp_path, tokens=4096)[tmp_path.name].flatten() if token}
+    assert found == {"a", "b", "c"}, "evenly from what was read, and no further"
+
+
 def test_nothing_to_read(texts):
     with pytest.raises(ExpertlyError, match=r"E303.*no readable text"):
         rows(texts / "empty.txt")

@@ -40,7 +40,7 @@ def demo(
     typer.echo("\n" + health(moe, trained))
     for text in texts:
         typer.echo(f"\nthe mixture of experts writes:\n{text}")
-    typer.echo(f"\nNext: {command()} inspect {trained.checkpoint}")
+    typer.echo(f"\nNext: {command()} watch {moe}")
 
 
 def health(run: Path, trained: "TrainResult") -> str:

@@ -1,18 +1,20 @@
 """A little text of every domain as rows of tokens, for a look at a model; training reads all of it.
 
-It keeps nothing on disk, and draws evenly from all documents, held out or not.
+It keeps nothing on disk, and draws evenly from the documents it reads, held out or not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from expertly.data.config import Source
-from expertly.data.sources import by_domain, training_sample
+from expertly.data.sources import by_domain, pieces, split_documents, spread
 from expertly.errors import ExpertlyError
 
-_BYTES_PER_TOKEN = 16  # of text to read for a token: twice what the sparsest tokenizers need
+_BYTES_PER_TOKEN = 16  # of text for a token: twice what the sparsest tokenizers need
+_PIECE = 2048  # characters, so that a few tokens come from many documents
+_READ = 8 * 2**20  # characters of a domain at most, however large it is
 
 
 def sample_rows(
@@ -29,7 +31,7 @@ def sample_rows(
     """
     rows = {}
     for domain, group in by_domain(sources).items():
-        texts = training_sample(group, tokens * _BYTES_PER_TOKEN, eval_fraction=0.0)
+        texts = spread(_pieces(group), tokens * _BYTES_PER_TOKEN)
         ids = [token for text in encode(texts) for token in (*text, end_of_text)][:tokens]
         if len(ids) < 2:
             fix = "name a source with text in it"
@@ -38,3 +40,13 @@ def sample_rows(
         whole = len(ids) // length * length
         rows[domain] = torch.tensor(ids[:whole]).view(-1, length)
     return rows
+
+
+def _pieces(sources: Sequence[Source]) -> Iterator[str]:
+    """The beginning of a domain's text, piece by piece."""
+    read = 0
+    for document, _ in split_documents(sources, 0.0, lambda *_: None):
+        yield from pieces(document.text, _PIECE)
+        read += len(document.text)
+        if read > _READ:
+            return

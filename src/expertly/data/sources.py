@@ -195,18 +195,28 @@ def training_sample(
     It holds all of them when they fit in `limit_bytes` (of UTF-8), otherwise about half of the
     limit up to the limit, as pieces of documents spread over all sources.
     """
+    found = (
+        piece
+        for domain in by_domain(sources).values()
+        for document, held_out in split_documents(
+            domain, eval_fraction, lambda *_: None, skip_bad=skip_bad
+        )
+        if not held_out
+        for piece in pieces(document.text, 16384)
+    )
+    return spread(found, limit_bytes)
+
+
+def spread(texts: Iterable[str], limit_bytes: int) -> list[str]:
+    """Some of the texts, evenly spread, whose UTF-8 fits in a limit; all when they fit."""
     kept: list[str] = []
-    size, stride, number = 0, 1, 0
-    for domain in by_domain(sources).values():
-        documents = split_documents(domain, eval_fraction, lambda *_: None, skip_bad=skip_bad)
-        for document, held_out in documents:
-            for piece in () if held_out else pieces(document.text, 16384):
-                if number % stride == 0:
-                    kept.append(piece)
-                    size += len(piece.encode("utf-8"))
-                number += 1
-                # One pass over text of unknown size: when full, keep every other piece.
-                while size > limit_bytes and len(kept) > 1:
-                    kept, stride = kept[::2], 2 * stride
-                    size = sum(len(piece.encode("utf-8")) for piece in kept)
+    size, stride = 0, 1
+    for number, text in enumerate(texts):
+        if number % stride == 0:
+            kept.append(text)
+            size += len(text.encode("utf-8"))
+        # One pass over text of unknown size: when full, keep every other one.
+        while size > limit_bytes and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(len(text.encode("utf-8")) for text in kept)
     return kept

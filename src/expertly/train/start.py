@@ -26,13 +26,14 @@ def find_start(
 ) -> Path | None:
     """The checkpoint to go on from; None: from the beginning.
 
-    A run that was stopped before its first checkpoint starts again from the beginning, and so does
-    one that was never begun. Raises E205 for a run in the way, E206 for a changed config, and what
+    A run that was stopped before its first checkpoint starts again from the beginning, also with
+    another config (a smaller one, after E402), and so does one that was never begun. Raises E205 for a run in the way, E206 for a changed config, and what
     whole_checkpoint raises.
     """
     there = (folder / CONFIG).exists()
     if resume and there:
-        _refuse_changes(folder, config)
+        if checkpoints(folder):  # before the first, nothing was learnt under the old config
+            _refuse_changes(folder, config)
         return whole_checkpoint(folder, say)
     if there or (folder / METRICS).exists() or checkpoints(folder):
         fix = "add --resume to go on with it, or name another output_dir"

@@ -14,6 +14,7 @@ from torch import Tensor
 from expertly.watch.stats import LayerCounts, entropy
 
 WINDOW = 48  # steps
+_NAMED = 8  # experts in a sentence at most
 ASSIGNMENTS = 50  # an even share over the window below which an expert without any is chance
 
 
@@ -209,7 +210,9 @@ class Alarms:
         experts = self._state["experts"][kind, layer].nonzero().flatten().tolist()
         where = f"layer {layer}"
         if experts:
-            where += f", expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}"
+            rest = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
+            named = ", ".join(map(str, experts[:_NAMED]))
+            where += f", expert{'s' if len(experts) > 1 else ''} {named}{rest}"
         return Alarm(
             kind=name,
             layer=layer,
