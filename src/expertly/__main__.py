@@ -1,5 +1,6 @@
 """The command line's only door: run a verb, turn every error into one line and an exit code."""
 
+import atexit
 import os
 import signal
 import sys
@@ -36,6 +37,9 @@ def main() -> None:
         code = said.exit_code
     for stream in (sys.stdout, sys.stderr):
         _let_go(stream)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        # the interpreter takes its time to end, and would die of them: the job's code stands
+        atexit.register(signal.signal, signum, signal.SIG_IGN)
     sys.exit(code)
 
 

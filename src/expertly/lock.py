@@ -12,6 +12,7 @@ from expertly.errors import ExpertlyError
 from expertly.folders import disk_error, make_folder
 
 LOCK = ".lock"
+_TRIES = 100  # to open it: a holder that leaves may delete the folder under whoever comes
 
 
 @contextmanager
@@ -49,15 +50,21 @@ def _taken(folder: Path) -> int:
 
 
 def _open(folder: Path) -> int:
-    try:
-        make_folder(folder)
-        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise disk_error(folder, error) from error
-        why = f"cannot be written ({os.strerror(error.errno).lower()})"
-        fix = "name a folder that you may write to"
-        raise ExpertlyError("E211", str(folder), why, fix=fix) from error
+    for left in reversed(range(_TRIES)):
+        try:
+            make_folder(folder)
+            return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if not (left and error.errno in (errno.ENOENT, errno.EEXIST)):
+                raise _refusal(folder, error) from error
+    raise AssertionError("the last try returns or raises")
+
+
+def _refusal(folder: Path, error: OSError) -> ExpertlyError:
+    if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        return disk_error(folder, error)
+    why = f"cannot be written ({os.strerror(error.errno).lower()})"
+    return ExpertlyError("E211", str(folder), why, fix="name a folder that you may write to")
 
 
 def _take(handle: int, folder: Path) -> None:

@@ -220,9 +220,9 @@ def test_one_expert_of_several_that_gets_every_token_is_a_collapse():
 
 def test_a_sentence_names_a_few_of_many_experts():
     alarms = Alarms(1, 20, 2, window=1)
-    chosen = torch.tensor([[100.0] * 5 + [0.0] * 15], dtype=torch.float64)
+    chosen = torch.tensor([[100.0] * 11 + [0.0] * 9], dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)
-    counts = LayerCounts(chosen, chosen, chosen, one, one, chosen, torch.tensor(250.0).double())
+    counts = LayerCounts(chosen, chosen, chosen, one, one, chosen, torch.tensor(550.0).double())
     (alarm,) = [each for each in alarms.add(0, counts).raised if each.kind == "dead"]
-    assert len(alarm.experts) == 15
-    assert alarm.what.startswith("layer 0, experts 5, 6, 7, 8, 9, 10, 11, 12 and 7 more: hardly")
+    assert len(alarm.experts) == 9
+    assert alarm.what.startswith("layer 0, experts 11, 12, 13, 14, 15, 16, 17, 18 and 1 more: hardly")

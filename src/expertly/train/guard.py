@@ -7,7 +7,7 @@ and what is not finite never enters it.
 
 import math
 from collections.abc import Mapping
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
@@ -83,7 +83,9 @@ class Guard:
         if not sigmas or len(self._losses) < _LEAST:
             return math.inf
         mean = fmean(self._losses)
-        return mean + sigmas * max(pstdev(self._losses), _FLOOR * abs(mean))
+        # pstdev's exact fractions would cost half a millisecond
+        deviation = math.sqrt(fmean((loss - mean) ** 2 for loss in self._losses))
+        return mean + sigmas * max(deviation, _FLOOR * abs(mean))
 
 
 class GoBack(NamedTuple):
