@@ -57,6 +57,15 @@ def test_every_router_and_every_watched_number_is_documented():
     assert all(f"`{name}`" in page for name in [*ROUTERS, *watch_set(counts)])
 
 
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
 def test_every_alarm_is_documented():
     from expertly.watch.alarms import KINDS
 

@@ -49,7 +49,9 @@ def test_e210_in_use_and_by_whom(holder):
     folder, process = holder
     error = refused(folder)
     assert (error.code, error.exit_code) == ("E210", 2)
-    assert f"{folder}: in use by pid {process.pid} on {socket.gethostname()}. FIX: wait" in str(error)
+    assert f"{folder}: in use by pid {process.pid} on {socket.gethostname()}. FIX: wait" in str(
+        error
+    )
     assert sorted(os.listdir(folder)) == [LOCK, "held"], "a refused one removes nothing"
 
 
@@ -99,23 +101,23 @@ def test_many_at_once_and_one_gets_in(tmp_path):
     folder, inside, most, errors = tmp_path / "run", [], [], []
 
     def enter():
-        for _ in range(200):
+        for _ in range(100):
             try:
                 with locked(folder):
                     inside.append(1)
                     most.append(len(inside))
                     inside.pop()
             except ExpertlyError as error:
-                errors.append(error.code)
+                errors.append(error.code if error.code == "E210" else str(error))
 
-    threads = [threading.Thread(target=enter) for _ in range(4)]
+    threads = [threading.Thread(target=enter) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert set(most) == {1}
     assert set(errors) <= {"E210"}
-    assert len(most) + len(errors) == 800, "no other error ended a thread"
+    assert len(most) + len(errors) == 300, "no other error ended a thread"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ POINTS = {
     "train.step": "number of the batch, from 1",
     "train.loss": "number of the batch, from 1",
     "log.metrics": "step",
-    "log.board": "step",
+    "log.board": "step, open or close",
 }
 _DEEDS = ("kill", "term", "full", "readonly", "memory", "error")
 _VALUES = {"nan": float("nan"), "inf": float("inf"), "spike": 10.0}

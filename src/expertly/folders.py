@@ -194,7 +194,9 @@ def _hidden(target: Path, need: int = 0) -> Iterator[Path]:
             raise
         # rename says ENOTEMPTY when somebody else saved this target while we wrote
         late = refusal.errno == errno.ENOTEMPTY
-        raise (_in_the_way(target) if late else disk_error(target, refusal, need, inodes)) from error
+        raise (
+            _in_the_way(target) if late else disk_error(target, refusal, need, inodes)
+        ) from error
 
 
 def _in_the_way(target: Path) -> ExpertlyError:
@@ -203,10 +205,11 @@ def _in_the_way(target: Path) -> ExpertlyError:
 
 def _refusal(error: BaseException) -> OSError | None:
     """The operating system's part in an error; safetensors, in Rust, has it in its text only."""
-    if isinstance(error, OSError):
-        return None if error.errno == errno.ENOMEM else error
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    if found and not isinstance(error, OSError):
+        error = OSError(int(found[1]), os.strerror(int(found[1])))
+    # out of memory is another error, and no smaller save helps
+    return error if isinstance(error, OSError) and error.errno != errno.ENOMEM else None
 
 
 def _sweep(parent: Path) -> None:

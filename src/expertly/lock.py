@@ -12,7 +12,7 @@ from expertly.errors import ExpertlyError
 from expertly.folders import disk_error, make_folder
 
 LOCK = ".lock"
-_TRIES = 100  # to open it: a holder that leaves may delete the folder under whoever comes
+_TRIES = 1000  # to open it: a holder that leaves may delete the folder under whoever comes
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from expertly.errors import ExpertlyError
 
 _SAID = re.compile(
     r"not enough memory|(can't|cannot|unable to) allocate|out of memory|std::bad_alloc"
-    r"|failed to map segment",  # by a library that is being imported
+    r"|failed to map segment"  # by a library that is being imported
+    r"|CU(BLAS|DNN)_STATUS_ALLOC_FAILED",
     re.I,
 )
 _UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

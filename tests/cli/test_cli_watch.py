@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from expertly.__main__ import main
+from expertly.models.loading import save_model
 from expertly.watch.records import METRICS, ROUTER, append_json
 
 
@@ -69,15 +70,85 @@ def test_any_model_reads_some_text(watch, tiny_folder, tmp_path):
     text = tmp_path / "text.md"
     text.write_text("the cat and the dog see the red tree " * 40)
     folder = tiny_folder("mixtral")
-    code, out, err = watch(folder, "--data", text, "--reference", folder, "--json")
+    file = tmp_path / "page.html"
+    given = ("--data", text, "--reference", folder, "--json", "--output", file)
+    code, out, err = watch(folder, *given)
     assert code == 0
     report = json.loads(out)
     assert report["kind"] == "model"
     assert report["domains"]["names"] == ["text"]
     assert report["drift"]["overlap"] == [1.0, 1.0]
     assert "text: " in err
-    assert of_page(tmp_path / "here" / "watch-mixtral.html") == report
-    assert {file.name for file in folder.iterdir()}.isdisjoint({"watch-mixtral.html"})
+    assert of_page(file) == report
+
+
+def test_json_alone_writes_no_page(watch, run_folder, tmp_path):
+    code, out, _ = watch(run_folder, "--json")
+    assert (code, json.loads(out)["kind"]) == (0, "run")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_disk_that_refuses_the_page_still_shows_the_table(watch, run_folder, tmp_path):
+    (tmp_path / "full").write_text("a file, where a folder is needed")
+    code, out, err = watch(run_folder, "--output", tmp_path / "full" / "page.html")
+    assert code == 4 and "layer 1  █▅▄▁" in out and "page  " not in out
+    assert err.startswith("expertly: error[E401]") and err.count("\n") == 1
+
+
+@pytest.fixture
+def altered(tiny_folder, tiny_model, tiny_tokenizer, tmp_path):
+    """altered(config, **sizes) -> a saved Mixtral of other sizes, its config.json changed."""
+
+    def make(config=None, **sizes):
+        folder = tmp_path / "altered"
+        save_model(tiny_model("mixtral", **sizes), folder, tokenizer=tiny_tokenizer)
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.md"
+    file.write_text("the cat and the dog see the red tree " * 40)
+    return file
+
+
+@pytest.mark.parametrize("value", [None, "many", -5])
+def test_no_longest_sequence_is_no_crash(watch, altered, text, value):
+    folder = altered({"max_position_embeddings": value})
+    code, out, err = watch(folder, "--data", text)
+    assert code == 0 or re.search(r"error\[E30[57]\]", err)
+    assert code == 0 or (out == "" and err.count("\n") == 1)
+
+
+def test_tokens_that_a_model_does_not_know_are_said_before_the_look(
+    watch, altered, tiny_folder, text
+):
+    small = altered(vocab_size=80)
+    for arguments in ((small,), (tiny_folder("mixtral"), "--reference", small)):
+        code, out, err = watch(*arguments, "--data", text)
+        assert (code, out) == (3, "")
+        assert re.match(r"expertly: error\[E305\].*altered.*vocabulary of 80 tokens", err)
+        assert err.count("\n") == 1, "nothing was looked at before"
+
+
+def test_a_run_without_a_checkpoint_says_what_to_leave_out(watch, run_folder, text):
+    for given, fix in (
+        (("--data", text), "leave --data out"),
+        (("--data", text, "--reference", "x"), "leave --data and --reference out"),
+    ):
+        code, _, err = watch(run_folder, *given)
+        assert code == 3 and f"has no checkpoint yet. FIX: {fix}\n" in err
+
+
+def test_damaged_records_are_an_error_in_a_line(watch, run_folder):
+    append_json(run_folder / ROUTER, {"step": 30, "load": [[0.5, 0.5]]})
+    code, out, err = watch(run_folder)
+    assert (code, out) == (3, "")
+    assert "error[E301]" in err and "step 30" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,9 @@ def _run(order: dict) -> None:
     os.environ.update(order["env"])
     for name, limit in order["limits"].items():
         if name == "RLIMIT_AS":
-            limit += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+            limit += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
+                "SC_PAGESIZE"
+            )
         resource.setrlimit(getattr(resource, name), (limit, limit))
     if order["fresh"]:
         os.execv(sys.executable, [sys.executable, "-m", "expertly", *order["argv"]])

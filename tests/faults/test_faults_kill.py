@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from runs import (
@@ -34,7 +35,7 @@ def newest(run) -> int:
 def ready(process) -> None:
     """Wait until our own code hears SIGTERM: before that a Python process has no say."""
     while not process.over():
-        status = open(f"/proc/{process.pid}/status").read()
+        status = Path(f"/proc/{process.pid}/status").read_text()
         if int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (signal.SIGTERM - 1) & 1:
             return
         time.sleep(0.001)
@@ -147,7 +148,9 @@ def test_b6_told_to_stop_at_random_moments(tmp_path, count):
 @pytest.fixture
 def here(tmp_path):
     """here(*overrides) -> the config of a run in this process."""
-    return lambda *more: load(TrainConfig, place().config, [f"output_dir={tmp_path / 'run'}", *more])
+    return lambda *more: load(
+        TrainConfig, place().config, [f"output_dir={tmp_path / 'run'}", *more]
+    )
 
 
 @pytest.mark.parametrize("step", [0, 6, LAST])
@@ -172,7 +175,7 @@ def test_b6_told_to_stop_during_an_evaluation(step, here, monkeypatch):
         patch.setattr(loop, "evaluate", evaluate)
         loop.run(config)
     assert stopped.value.signum == signal.SIGTERM
-    run = loop.Path(config.output_dir)
+    run = Path(config.output_dir)
     assert newest(run) == step
     assert not loop.evaluated(run, step)
     loop.run(config, resume=True)
@@ -202,7 +205,7 @@ def test_b6_told_to_stop_in_the_step_that_goes_back(here, monkeypatch):
     monkeypatch.setenv("EXPERTLY_FAULT", "train.step@5:term,train.loss@5:nan")
     with pytest.raises(Stopped):
         loop.run(here(*more))
-    run = loop.Path(here().output_dir)
+    run = Path(here().output_dir)
     assert newest(run) == 3
     monkeypatch.setenv("EXPERTLY_FAULT", "train.loss@5:nan")
     assert loop.run(here(*more), resume=True).steps == 9
@@ -246,7 +249,9 @@ def test_b19_a_folder_has_one_run_at_a_time(tmp_path):
     first.until("\nstep 1/")
     second = server.start(config, run, *long)
     assert second.code() == 2
-    line = rf"expertly: error\[E210\] {run}: in use by pid {first.pid} on [^\n]+\. FIX: wait [^\n]+\n"
+    line = (
+        rf"expertly: error\[E210\] {run}: in use by pid {first.pid} on [^\n]+\. FIX: wait [^\n]+\n"
+    )
     assert re.fullmatch(line, second.said()), second.said()
     assert not first.over()
     first.send(signal.SIGKILL)

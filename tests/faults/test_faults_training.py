@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,11 +106,11 @@ def test_b9_a_bad_batch_ends_the_run(configure, faults, watched):
     with pytest.raises(ExpertlyError) as caught:
         loop.run(config)
     assert (caught.value.code, caught.value.exit_code) == ("E501", 5)
-    assert "step 5: loss nan, gradient norm nan; no update was made. FIX: set optim" in str(
+    assert "step 5: loss nan, gradient norm nan; no update was made. FIX: go on with" in str(
         caught.value
     )
     assert [moved for _, moved, _ in watched] == [True] * 4 + [False]
-    run = loop.Path(config.output_dir)
+    run = Path(config.output_dir)
     require_nothing_lost(run, [3])
     assert [path.name for path in checkpoints(run)] == ["checkpoint-3"]
     assert not (run / "receipt.json").exists()
@@ -185,12 +186,12 @@ def test_b11_permanent_nan_ends(policy, configure, faults, watched):
     assert (caught.value.code, caught.value.exit_code) == ("E501", 5)
     assert "no update was made. FIX: start a new run with a lower optim" in str(caught.value)
     assert [moved for _, moved, _ in watched].count(False) == 5
-    run = loop.Path(config.output_dir)
+    run = Path(config.output_dir)
     require_nothing_lost(run, [3])
     for path in checkpoints(run):
-        assert all(
-            torch.isfinite(value).all() for value in loop_weights(path).values()
-        ), "no NaN was saved"
+        assert all(torch.isfinite(value).all() for value in loop_weights(path).values()), (
+            "no NaN was saved"
+        )
     # and again, for a job that is started again and again
     with pytest.raises(ExpertlyError, match="E501"):
         loop.run(config, resume=True)
@@ -242,7 +243,7 @@ def test_b12_a_collapse_is_named_in_time(configure, made_sick, count, capsys):
         config = configure(f"run-{number}", "model.num_experts=8", "top_k=1", *more)
         with pytest.raises(ExpertlyError, match=r"E101.* experts that received no token"):
             loop.run(config)
-        run = loop.Path(config.output_dir)
+        run = Path(config.output_dir)
         raised = [each["alarm"] for each in read_records(run / METRICS) if "alarm" in each]
         found = [each for each in raised if each["kind"] == "collapse" and each["layer"] == layer]
         assert found
@@ -250,7 +251,7 @@ def test_b12_a_collapse_is_named_in_time(configure, made_sick, count, capsys):
         assert found[0]["step"] <= 50
         said = capsys.readouterr().err
         assert f"collapse: layer {layer}, expert {expert}: " in said
-        assert "Advice: raise router.router_aux_loss_coef" in said
+        assert f"Advice: {found[0]['advice']}" in said
 
 
 @pytest.fixture
@@ -267,10 +268,11 @@ def test_b12_a_collapse_ends_a_run_that_asks_for_it(eight, made_sick):
         loop.run(config)
     assert (caught.value.code, caught.value.exit_code) == ("E503", 5)
     assert re.search(
-        r"E503\] step \d+, layer 1, experts 2, 5: .*: router.on_collapse=stop. FIX: raise router",
+        r"E503\] step \d+, layer 1, experts 2, 5: .*: router.on_collapse=stop. FIX: go on with "
+        "--resume router.on_collapse=rebalance",
         str(caught.value),
     )
-    require_nothing_lost(loop.Path(config.output_dir), [10])
+    require_nothing_lost(Path(config.output_dir), [10])
 
 
 def test_b12_a_collapsed_router_recovers_and_a_resumed_one_too(eight, made_sick, faults, capsys):
@@ -312,7 +314,6 @@ def test_b13_an_expert_that_answers_nothing(configure, made_sick, faults):
     assert [(each["layer"], each["experts"]) for each in silent] == [(0, [1])]
     assert silent[0]["step"] <= 50
     norms = [each["norms"] for each in read_records(whole / "router.jsonl") if "norms" in each]
-    assert len(norms) == 3
     assert norms[0][0][1] == 0 < norms[0][0][0]
 
 
@@ -342,7 +343,7 @@ def test_b14_the_advice_after_out_of_memory_works(tmp_path):
         line = said.splitlines()[-1]
         found = re.fullmatch(
             r"expertly: error\[E402\] training: out of memory(?:: need \S+ [kMG]B more)?, "
-            r"\S+ [kMG]B in use\. FIX: set (.+)",
+            r"\S+ [kMG]B in use\. FIX: add --resume (.+)",
             line,
         )
         assert found, said
@@ -361,13 +362,13 @@ def test_b14_a_gpu_that_is_full(configure, monkeypatch):
     settings = ["per_device_train_batch_size=1", "schedule.gradient_checkpointing=true"]
     for given, fix in (
         ([], "per_device_train_batch_size=2 schedule.gradient_accumulation_steps=2"),
-        (settings[:1], "set schedule.gradient_checkpointing=true"),
-        (settings, "set data.sequence_length=16"),
+        (settings[:1], "add --resume schedule.gradient_checkpointing=true"),
+        (settings, "start a new run with data.sequence_length=16"),
     ):
         with pytest.raises(ExpertlyError, match="E402") as caught:
             loop.run(configure(f"run-{len(given)}", *given))
         assert caught.value.exit_code == 4
-        assert re.search(r"need 2.68 GB more, .* in use\. FIX: set ", str(caught.value))
+        assert re.search(r"need 2.68 GB more, .* in use\. FIX: ", str(caught.value))
         assert str(caught.value).endswith(fix)
 
 
@@ -445,7 +446,7 @@ def emptied(checkpoint):
 def test_b18_the_one_before_the_damaged_newest(spoil, why, configure, capsys):
     unbroken = place().unbroken
     config = configure("run")
-    run = loop.Path(config.output_dir)
+    run = Path(config.output_dir)
     shutil.copytree(unbroken, run, ignore=shutil.ignore_patterns("receipt.json", "checkpoint-24"))
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace(str(unbroken), str(run))

@@ -114,6 +114,16 @@ def test_decisions_before_a_forward_say_what_to_do(policy, tiny_model, tiny_ids)
             model()
 
 
+def test_a_router_that_did_not_run_is_unseen(tiny_model, tiny_ids):
+    model = copy.deepcopy(tiny_model("mixtral"))
+    with attach(model) as attachment:
+        model(tiny_ids)
+        assert attachment.unseen() is None
+        model.model.layers[1].mlp.forward = lambda x: x
+        model(tiny_ids)
+        assert attachment.unseen() == "model.layers.1.mlp"
+
+
 def test_a_part_of_a_model_never_sees_a_stale_mask(tiny_model, tiny_ids):
     model = tiny_model("mixtral")
     with attach(model, own(model, eval_capacity_factor=1.0)) as attachment:

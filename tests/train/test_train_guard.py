@@ -14,7 +14,7 @@ from expertly.train.config import OptimConfig
 from expertly.train.guard import GoBack, Guard, refuse
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
-GOOD = st.floats(0.01, 20)
+GOOD = st.floats(0.01, 20) | st.sampled_from([1e200, 1.7e308])
 
 
 class Log:
@@ -103,6 +103,13 @@ def test_a_cut_anywhere_changes_no_verdict(losses, where):
     assert second.state() == whole.state()
 
 
+def test_a_window_can_be_forgotten():
+    guard = Guard(OptimConfig(), {"losses": [1.0] * 128, "bad": 2})
+    guard.forget()
+    assert guard.state() == {"losses": [], "bad": 0}
+    assert guard.judge(50.0, 1.0) is None
+
+
 def test_the_window_has_an_end():
     guard = Guard(OptimConfig())
     for step in range(500):
@@ -124,14 +131,15 @@ def test_bad_steps_in_a_row_are_counted(allowed):
 
 
 def test_ways_back_are_counted_until_a_checkpoint():
-    guard = Guard(OptimConfig(max_bad_steps=2, on_bad_step="roll_back"))
+    config = OptimConfig(max_bad_steps=2, on_bad_step="roll_back")
+    guard = Guard(config)
     before = guard.state()
     for _ in range(3):
         for tries in range(3):
             guard.judge(1.0, 1.0)
             guard.judge(math.nan, 1.0)
             assert guard.gives_up() == (tries == 2), "though good steps lie between them"
-            guard = guard.rolled_back(before)
+            guard = GoBack({}, [{}] * (tries + 1)).guard(config, before)
             assert guard.state() == before
         guard.saved()
 
@@ -158,16 +166,14 @@ def test_skipped():
     why = "loss inf, gradient norm 2.0"
     assert back is None
     assert log.records == [{"step": 7, "skipped": {"loss": why, "rows": {"a": [8, 12]}}}]
-    assert log.lines == [
-        f"warning: step 7: {why}; the batch is skipped, rows {{'a': [8, 12]}}"
-    ]
+    assert log.lines == [f"warning: step 7: {why}; the batch is skipped, rows {{'a': [8, 12]}}"]
 
 
 def test_rolled_back():
     back, log = bad_step(on_bad_step="roll_back")
     assert isinstance(back, GoBack)
     assert back.data == {"drawn": {"a": 12, "b": 3}}, "behind the batch"
-    assert (back.record["from"], back.record["rows"]) == (7, {"a": [8, 12]})
+    assert [(each["from"], each["rows"]) for each in back.records] == [(7, {"a": [8, 12]})]
     assert log.records == [], "the loop writes it, behind what it takes back"
     assert "going back to the newest checkpoint" in log.lines[0]
 
@@ -175,7 +181,7 @@ def test_rolled_back():
 @pytest.mark.parametrize(
     ("optim", "fix"),
     [
-        ({"on_bad_step": "stop"}, "set optim.on_bad_step=skip or roll_back, or lower optim"),
+        ({"on_bad_step": "stop"}, "go on with --resume optim.on_bad_step=skip (or roll_back)"),
         ({"max_bad_steps": 0}, "start a new run with a lower optim.learning_rate"),
     ],
 )

@@ -68,3 +68,95 @@ def test_missing_tensorboard(tmp_path, monkeypatch):
     with pytest.raises(ExpertlyError, match=r"E207.*expertly\[tensorboard\]"):
         RunLog(tmp_path, max_steps=9, tensorboard=True)
     RunLog(tmp_path, max_steps=9).close()
+
+
+def refusing(monkeypatch, *steps):
+    """A disk that refuses the records of some steps."""
+    monkeypatch.setenv("EXPERTLY_FAULT", ",".join(f"log.metrics@{step}:full" for step in steps))
+
+
+def steps(folder, name=METRICS):
+    return [record["step"] for record in read_records(folder / name)]
+
+
+def test_records_wait_in_their_order(tmp_path, monkeypatch, capsys):
+    log = RunLog(tmp_path, max_steps=9)
+    refusing(monkeypatch, 2)
+    for step in (1, 2, 3):
+        log.metrics({"step": step})
+        log.router({"step": step, "load": []})
+    assert (steps(tmp_path), steps(tmp_path, ROUTER)) == ([1], [1])
+    refusing(monkeypatch)
+    log.metrics({"step": 4})
+    assert (steps(tmp_path), steps(tmp_path, ROUTER)) == ([1, 2, 3, 4], [1, 2, 3])
+    refusing(monkeypatch, 5)
+    log.metrics({"step": 5})
+    refusing(monkeypatch)
+    log.close()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5], "the last try is at the end"
+    said = capsys.readouterr().err
+    assert said.count("Training goes on, the records wait") == 1
+    assert "lost" not in said
+
+
+def test_what_the_disk_never_took_is_said(tmp_path, monkeypatch, capsys):
+    log = RunLog(tmp_path, max_steps=9)
+    refusing(monkeypatch, 1)
+    log.metrics({"step": 1})
+    log.metrics({"step": 2})
+    log.close()
+    assert "warning: 2 records are lost, the disk did not take them" in capsys.readouterr().err
+
+
+def test_beginning_again_takes_back_what_is_later(tmp_path, monkeypatch):
+    """Also of the records that wait; earlier ones go on waiting, for nothing writes them again."""
+    log = RunLog(tmp_path, max_steps=9)
+    log.metrics({"step": 1})
+    refusing(monkeypatch, 2)
+    for step in (2, 3, 4):
+        log.metrics({"step": step})
+    log.begin(3)
+    refusing(monkeypatch)
+    log.metrics({"step": 4, "again": True})
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    log.begin(None)
+    assert steps(tmp_path) == []
+    log.close()
+
+
+def test_a_reader_that_left_is_no_reason_to_end(tmp_path, monkeypatch):
+    class Gone:
+        """A terminal that was closed."""
+
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    log = RunLog(tmp_path, max_steps=9)
+    for step in (1, 2):
+        log.say("a line")
+        log.metrics({"step": step})
+        log.advance(step, "loss", due=True)
+    log.close()
+    assert steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("where", ["open", 2, "close"])
+def test_a_tracker_that_fails_is_left_out_and_said_once(where, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("EXPERTLY_FAULT", f"log.board@{where}:error")
+    log = RunLog(tmp_path, max_steps=9, tensorboard=True)
+    log.begin(None)
+    for step in (1, 2, 3):
+        log.metrics({"step": step, "train": {"loss": 1.0}})
+    log.close()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert capsys.readouterr().err.count("tensorboard is left out") == 1

@@ -61,21 +61,29 @@ def test_what_was_learnt_belongs_to_its_config(begun, configure, tmp_path):
     save(folder, 3)
     with pytest.raises(ExpertlyError, match=r"E206.*optim.learning_rate: 0.01 -> 0.5\. FIX"):
         find(folder, other, resume=True)
-    free = configure(folder, "logging_steps=2", "device=cpu", f"cache_dir={tmp_path / 'b'}")
-    assert find(folder, free, resume=True)[0] == folder / "checkpoint-3"
+    with pytest.raises(ExpertlyError, match=r"E206.*per_device_train_batch_size: 4 -> 2"):
+        find(folder, configure(folder, "per_device_train_batch_size=2"), resume=True)
+    for free in (
+        ["logging_steps=2", "device=cpu", f"cache_dir={tmp_path / 'b'}"],
+        ["per_device_train_batch_size=2", "gradient_accumulation_steps=2"],
+        ["optim.on_bad_step=stop", "router.on_collapse=rebalance"],
+    ):
+        found, _ = find(folder, configure(folder, *free), resume=True)
+        assert found == folder / "checkpoint-3"
 
 
 @pytest.mark.parametrize(
     ("given", "fix"),
     [
         (
-            ["per_device_train_batch_size=5", "gradient_accumulation_steps=3"],
-            "set schedule.per_device_train_batch_size=2 schedule.gradient_accumulation_steps=6",
+            ["per_device_train_batch_size=9", "gradient_accumulation_steps=3"],
+            "add --resume schedule.per_device_train_batch_size=3 "
+            "schedule.gradient_accumulation_steps=9",
         ),
-        (["per_device_train_batch_size=1"], "set schedule.gradient_checkpointing=true"),
+        (["per_device_train_batch_size=1"], "add --resume schedule.gradient_checkpointing=true"),
         (
             ["per_device_train_batch_size=1", "schedule.gradient_checkpointing=true"],
-            "set data.sequence_length=16",
+            "start a new run with data.sequence_length=16",
         ),
     ],
 )

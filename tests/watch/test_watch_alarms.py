@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from expertly.train.config import OptimConfig, RouterConfig
-from expertly.watch.alarms import KINDS, WINDOW, Alarms, collapse
+from expertly.watch.alarms import WINDOW, Alarms, collapse
+from expertly.watch.history import _over_median
+from expertly.watch.kinds import KINDS
 from expertly.watch.stats import LayerCounts
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 400
@@ -84,7 +86,7 @@ def test_an_alarm_begins_within_50_steps_once_and_ends(kind, fields, experts, on
     assert "layer 1" in alarm.what and all(str(expert) in alarm.what for expert in experts)
 
 
-def test_advice_names_keys_that_a_run_has():
+def test_advice_names_keys_that_a_run_has_and_says_them_in_words_too():
     sections = {"router": RouterConfig, "optim": OptimConfig}
     for kind in KINDS.values():
         keys = re.findall(r"\b(router|optim)\.(\w+)(?:=(\w+))?", kind.advice)
@@ -92,6 +94,8 @@ def test_advice_names_keys_that_a_run_has():
         for section, leaf, value in keys:
             field = sections[section].__dataclass_fields__[leaf]
             assert not value or value in get_args(field.type)
+        # in brackets, so that the sentence is true of a model that no run of ours trains
+        assert not re.search(r"\w+\.\w+", re.sub(r"\([^()]*\)", "", kind.advice))
 
 
 @pytest.mark.parametrize("tokens", [2, 40, 4000])
@@ -192,6 +196,58 @@ def test_no_tokens_and_no_choice_say_nothing():
         assert certain.add(step, step_counts(confidence=0.999)) == ([], [])
 
 
+def random_counts(num_experts, top_k, tokens, seed):
+    """One layer's counts of tokens routed at random."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(tokens, num_experts, generator=generator).topk(top_k).indices
+    load = chosen.flatten().bincount(minlength=num_experts).double().unsqueeze(0)
+    none = torch.zeros(1, dtype=torch.float64)
+    return LayerCounts(load, load, load, none, none, load, torch.tensor(tokens).double())
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (8, 2), (8, 4), (4, 2), (2, 1)])
+def test_few_tokens_are_no_collapse(num_experts, top_k):
+    looked = 0
+    for tokens in (1, 2, 3, 4, 8, 16, 48, 64):
+        for seed in range(40):
+            alarms = Alarms(1, num_experts, top_k, window=1)
+            counts = random_counts(num_experts, top_k, tokens, seed)
+            looked += float(collapse(counts.chosen, top_k)) > KINDS["collapse"].limit
+            assert alarms.add(1, counts).raised == []
+    assert looked, "by the figure alone some of them were"
+
+
+@pytest.mark.parametrize(("tokens", "found"), [(95, []), (96, ["collapse"])])
+def test_a_collapse_is_told_from_24_assignments_per_expert_on(tokens, found):
+    one = torch.zeros(1, EXPERTS, dtype=torch.float64)
+    one[0, :TOP_K] = tokens
+    none = torch.zeros(1, dtype=torch.float64)
+    counts = LayerCounts(one, one, one, none, none, one, torch.tensor(tokens).double())
+    raised = Alarms(1, EXPERTS, TOP_K, window=1).add(1, counts).raised
+    assert [alarm.kind for alarm in raised] == found
+
+
+@pytest.mark.parametrize("silent", [1, 4, 5, 7, 8])
+def test_the_silent_are_found_however_many(silent):
+    alarms = Alarms(LAYERS, EXPERTS, TOP_K, window=1)
+    norms = ordinary_norms()
+    norms[1, :silent] = 0
+    (alarm,) = alarms.add(1, step_counts(), norms).raised
+    assert (alarm.kind, alarm.layer, alarm.experts) == ("silent", 1, list(range(silent)))
+    assert alarm.figure == 0
+    assert alarms.add(2, step_counts(), ordinary_norms()).cleared == [("silent", 1)]
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-4, 0.009, 0.011, 0.5, 1.0, 3.0]), min_size=8, max_size=8))
+def test_the_page_calls_silent_what_the_alarm_does(row):
+    norms = torch.tensor([row, row, row], dtype=torch.float64)
+    even = torch.full((LAYERS, EXPERTS), 100.0, dtype=torch.float64)
+    counts = step_counts()._replace(load=even, chosen=even)
+    raised = Alarms(LAYERS, EXPERTS, TOP_K, window=1).add(1, counts, norms).raised
+    told = next((each.experts for each in raised if each.kind == "silent"), [])
+    assert told == [expert for expert, norm in enumerate(_over_median([row])[0]) if norm < 0.01]
+
+
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(4, 12))
 def test_the_collapse_figure_lies_between_even_and_collapsed(seed, top_k, experts):
     generator = torch.Generator().manual_seed(seed)
@@ -225,4 +281,4 @@ def test_a_sentence_names_a_few_of_many_experts():
     counts = LayerCounts(chosen, chosen, chosen, one, one, chosen, torch.tensor(550.0).double())
     (alarm,) = [each for each in alarms.add(0, counts).raised if each.kind == "dead"]
     assert len(alarm.experts) == 9
-    assert alarm.what.startswith("layer 0, experts 11, 12, 13, 14, 15, 16, 17, 18 and 1 more: hardly")
+    assert alarm.what.startswith("layer 0, experts 11, 12, 13, 14, 15, 16, 17, 18 and 1 more: ")

@@ -2,17 +2,23 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from expertly.errors import ExpertlyError
 from expertly.families import FAMILIES
 from expertly.models.attach import attach
+from expertly.models.experts import register_experts
 from expertly.models.layers import moe_layers
 from expertly.moe.policy import Policy
+from expertly.scale.reduce import sum_over_ranks
 from expertly.watch import Watch
 from expertly.watch.health import _PROBE_EVERY
 from expertly.watch.recorder import count_decisions
@@ -80,7 +86,8 @@ def test_one_read_is_enough_for_an_alarm(tiny_model, tiny_ids):
     one_hot(model, 1, 6)
     moe_layers(model)[0].experts.down_proj.data[3] = 0
     with Watch(model) as health, torch.no_grad():
-        model(tiny_ids)
+        for _ in range(4):  # 24 assignments per expert
+            model(tiny_ids)
         found = {(each["kind"], each["layer"]): each for each in health.read()["alarms"]}
     assert ("collapse", 1) in found and 6 in found["collapse", 1]["experts"]
     assert found["silent", 0]["experts"] == [3]
@@ -113,7 +120,7 @@ def test_reads_over_ranks_are_judged_together(tiny_model, tiny_ids):
     with Watch(tiny_model("olmoe")) as single, torch.no_grad():
         single._model(tiny_ids)
         single.read()
-    assert health.counts.tokens == 48 and len(calls) == 2
+    assert health.counts.tokens == 48 and calls == [1, 7, 2], "a flag, the counts, the norms"
     torch.testing.assert_close(alone, single.norms, equal_nan=True)
 
 
@@ -137,6 +144,80 @@ def test_a_router_that_does_not_run_is_named(tiny_model, tiny_ids):
             health.read()
     with Watch(tiny_model("mixtral")) as idle, pytest.raises(ExpertlyError, match="E504"):
         idle.read()
+
+
+def on_rank(rank, file, results, model, ids):
+    """Three reads: one rank's block is patched away, one rank saw no forward, all is well."""
+    torch.set_num_threads(1)
+    register_experts()
+    store = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", init_method=f"file://{file}", **store)
+    try:
+        said = []
+        patched = copy.deepcopy(model)
+        if rank == 0:
+            patched.model.layers[1].mlp.forward = lambda x: x
+        for watched, times in ((patched, 1), (model, rank), (model, 1)):
+            with Watch(watched, reduce=sum_over_ranks) as health, torch.no_grad():
+                for _ in range(times):
+                    watched(ids)
+                try:
+                    health.read()
+                    said.append(str(int(health.counts.tokens)))
+                except ExpertlyError as error:
+                    said.append(str(error))
+        torch.save([said, health.norms], f"{results}{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_one_rank_did_not_see_is_an_error_on_all(tmp_path, tiny_model, tiny_ids):
+    given = (tmp_path / "meet", tmp_path / "rank", tiny_model("mixtral"), tiny_ids)
+    mp.spawn(on_rank, args=given, nprocs=2)
+    (first, norms), (second, _) = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    other = "E504.*another rank"
+    for texts, patterns in (
+        (first, [r"E504.*model\.layers\.1\.mlp.*did not run", "E504.*no forward", "48"]),
+        (second, [other, other, "48"]),
+    ):
+        for text, pattern in zip(texts, patterns, strict=True):
+            assert re.search(pattern, text), text
+    assert norms.shape == (2, 8) and norms.isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reduce", "warns"),
+    [("2", None, True), ("1", None, False), ("", None, False), ("2", list, False)],
+)
+def test_counting_one_rank_of_several_is_said(
+    ranks, reduce, warns, tiny_model, monkeypatch, caplog
+):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with Watch(tiny_model("olmoe"), reduce=reduce):
+        pass
+    said = [record.message for record in caplog.records]
+    assert len(said) == warns
+    assert not warns or "expertly.scale.reduce.sum_over_ranks" in said[0]
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_a_compiled_or_checkpointed_training_step_counts_the_same(how, tiny_model, tiny_ids):
+    counts = []
+    for changed in (False, True):
+        model = tiny_model("mixtral", num_hidden_layers=1).train()
+        step = model
+        if changed and how == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with Watch(model) as health:
+            if changed and how == "compiled":
+                step = torch.compile(model, backend="eager")
+            for _ in range(2):
+                step(input_ids=tiny_ids, labels=tiny_ids).loss.backward()
+            assert health.read()["alarms"] == []
+        counts.append((*health.counts, health.norms))
+    assert counts[0][-2] == 48
+    for plain, other in zip(*counts, strict=True):
+        torch.testing.assert_close(other, plain, equal_nan=True)
 
 
 def test_records_are_read_without_torch():

@@ -1,8 +1,11 @@
 """A run's history as a report: from old and new records, thinned, with alarms and domains."""
 
+import copy
 import json
 import math
+from collections import Counter
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from expertly.errors import ExpertlyError
 from expertly.watch.history import MOST_CELLS, history, specialisation
 from expertly.watch.page import page
 from expertly.watch.records import METRICS, ROUTER, append_json
+from expertly.watch.report import readings
 
 LOAD = [[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]]
 WATCHED = {"entropy_norm": 0.8, "aux_loss": 2.1, "aux_loss_per_k": 1.05, "worst_layer": 0}
@@ -136,6 +140,96 @@ def test_what_is_no_run_or_has_no_router_says_so(tmp_path):
     report(tmp_path, step=1, train={"loss": 1.0})
     with pytest.raises(ExpertlyError, match=r"E303.*router\.jsonl.*FIX: name a run"):
         history(tmp_path)
+
+
+def test_more_than_half_silent_is_measured_against_those_that_answer(tmp_path):
+    snapshot(tmp_path, 1, norms=[[0.0, 0.0, 0.0, 2.0], [0.0] * 4, [1.0, 4.0, 0.0, None]])
+    assert history(tmp_path)["norms"] == [[0, 0, 0, 1], [0] * 4, [0.25, 1, 0, None]]
+
+
+def test_the_config_of_another_model_names_no_layer(tmp_path):
+    snapshot(tmp_path, 1)
+    (tmp_path / "checkpoint-1").mkdir()
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 8}
+    config = {"model_type": "mixtral", "num_hidden_layers": 2, **sizes}
+    (tmp_path / "checkpoint-1" / "config.json").write_text(json.dumps(config))
+    assert history(tmp_path)["names"] == ["layer 0", "layer 1", "layer 2"]
+
+
+WHOLE = {  # a run's records with everything that a history reads
+    METRICS: [
+        {"step": 10, "tokens": 9, "train": {"loss": 1.0}, "moe": WATCHED},
+        {
+            "step": 11,
+            "alarm": {
+                "kind": "dead",
+                "layer": 1,
+                "experts": [1],
+                "step": 11,
+                "figure": 0.0,
+                "limit": 0.01,
+                "what": "w",
+                "advice": "a",
+            },
+        },
+        {"step": 12, "cleared": {"kind": "dead", "layer": 1}},
+        {"step": 20, "moe": WATCHED},
+    ],
+    ROUTER: [
+        {"step": 10, "tokens": 9, "load": LOAD},
+        {
+            "step": 20,
+            "tokens": 99,
+            "load": LOAD,
+            "mass": LOAD,
+            "layers": {"router_confidence": [0.1, 0.2, None], "dropped_frac": [0, 0, 0]},
+            "norms": [[1.0, 2.0, None, 0.0]] * 3,
+        },
+        {"step": 20, "domains": {"code": LOAD, "docs": LOAD}},
+    ],
+}
+STRANGE = [None, True, -1, 0.5, 10**400, math.nan, math.inf, "x", [], [[]], [None], {}, [[[1]]]]
+
+
+def mutated(value, random):
+    """A value with one thing in it, at any depth, replaced, left out or twice there."""
+    value = copy.deepcopy(value)
+    at = value
+    while True:
+        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        key = random.choice(keys)
+        if not (isinstance(at[key], dict | list) and at[key] and random.random() < 0.7):
+            break
+        at = at[key]
+    change = random.random()
+    if change < 0.25:
+        del at[key]
+    elif change < 0.4 and isinstance(at, list):
+        at.append(at[key])
+    else:
+        at[key] = random.choice(STRANGE)
+    return value
+
+
+@pytest.mark.parametrize("name", [METRICS, ROUTER])
+def test_damaged_records_are_a_report_or_an_error_in_one_line(name, tmp_path):
+    random, ends = Random(0), Counter()
+    for _ in range(1500):
+        records = {**WHOLE, name: mutated(WHOLE[name], random)}
+        for file, lines in records.items():
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tmp_path / file).write_text(text)
+        try:
+            found = history(tmp_path)
+        except ExpertlyError as error:
+            ends[error.code] += 1
+            assert error.code in ("E301", "E303") and "\n" not in str(error)
+            continue
+        ends["report"] += 1
+        page(found)
+        readings(found["summary"])
+        assert len(found["names"]) == len(found["load"][-1])
+    assert ends["report"] > 100 and ends["E301"] > 100
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=2, max_size=5))

@@ -74,8 +74,8 @@ def test_it_renders_without_a_complaint_or_a_request(seen):
     assert seen.found["contrast"] >= 4.5, "WCAG AA"
 
 
-def test_the_verdict_counts_open_alarms_dead_and_silent_experts(seen):
-    assert seen.found["verdict"] == "▲ 2 alarms open; 1 expert got no token; 1 expert silent"
+def test_the_verdict_on_a_run_is_its_open_alarms(seen):
+    assert seen.found["verdict"] == "▲ 2 alarms open"
     facts = "qwen3_moe · 3 MoE layers of 4 experts · top_k 2 · step 30, 123,456 tokens so far"
     assert seen.found["facts"] == facts
 
@@ -140,7 +140,7 @@ def test_the_heat_map_reads_out_every_step_from_the_keyboard(seen, report):
         return f", output norm {shown(report['norms'][layer][expert])}"
 
     assert at["first"] == said(2, 2, 0) + norm(2, 0)
-    assert at["dead"] == said(2, 2, 1) + ", no token" + norm(2, 1)
+    assert at["dead"] == said(2, 2, 1) + ", no token in this step" + norm(2, 1)
     assert at["silent"] == said(2, 0, 3) + norm(0, 3) + ", silent"
     assert at["corner"] == at["silent"], "the map ends there"
     assert (at["earlier"], at["when"]) == (said(0, 0, 3), "10 of 30")
@@ -208,6 +208,54 @@ def test_a_count_of_one_step_leaves_out_what_it_does_not_know(tmp_path):
     headings = ["Summary", "Load of every expert", "Every layer"]
     assert seen.found == [*headings, "✓ All experts alive", 0, 5]
     assert seen.console == []
+
+
+MARKS = """
+const words = id => document.getElementById(id).textContent;
+const marks = [...document.getElementById("summary").tBodies[0].rows]
+  .map(row => [row.cells[1].dataset.name, row.cells[3].textContent]);
+return [words("verdict"), words("legend"), Object.fromEntries(marks)];"""
+
+
+def of_demo(**other):
+    """What the healthy demo's last step shows: 2 of 16 experts per token, one left out by chance."""
+    report = made(experts=16, alarms=[alarm(1, [0], 10, cleared=20)], **other)
+    report["load"][-1][1][5] = 0.0
+    report["norms"][1][5] = None
+    report["summary"] |= {
+        "dead_frac": 0.02,
+        "entropy_norm": 0.96,
+        "effective_experts": 14.4,
+        "max_load_ratio": 2.23,
+        "min_load_ratio": 0.0,
+    }
+    return report
+
+
+def test_a_healthy_run_is_called_healthy(tmp_path):
+    verdict, legend, marks = look(page(of_demo()), tmp_path, MARKS).found
+    assert verdict == "✓ No alarm is open"
+    assert "no token in this step" in legend
+    assert marks == {
+        "dead_frac": "",
+        "entropy_norm": "✓ fine",
+        "effective_experts": "✓ fine",
+        "max_load_ratio": "✓ fine",
+        "min_load_ratio": "",
+        "dropped_frac": "✓ fine",
+    }
+
+
+def test_an_audit_tells_who_got_no_token_and_what_is_out_of_range(tmp_path):
+    report = of_demo(kind="model", steps=1)
+    report["alarms"] = []
+    report["norms"][0][3] = 0.001
+    report["summary"] |= {"entropy_norm": 0.7, "max_load_ratio": 4.5, "dropped_frac": 0.3}
+    verdict, legend, marks = look(page(report), tmp_path, MARKS).found
+    assert verdict == "▲ 1 expert got no token; 1 expert silent"
+    assert "✕ no token" in legend and "in this step" not in legend
+    for name in ("entropy_norm", "max_load_ratio", "dropped_frac"):
+        assert marks[name] == "▲ look"
 
 
 def test_a_narrow_window_scrolls_inside_only(report, tmp_path):

@@ -29,6 +29,19 @@ def test_a_damaged_line_is_an_error_with_its_file(tmp_path):
         read_records(file)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["[1]", "7", "null", "{}", '{"step": "1"}', '{"step": true}', '{"step": 1.0}', "[" * 100_000],
+    ids=lambda line: line[:12],
+)
+def test_a_line_that_is_no_record_is_an_error(tmp_path, line):
+    file = tmp_path / METRICS
+    file.write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(ExpertlyError, match=r"E301.*metrics\.jsonl") as caught:
+        read_records(file)
+    assert len(str(caught.value)) < 500
+
+
 def test_forget_after(tmp_path):
     for step in (1, 2, 3):
         append_json(tmp_path / METRICS, {"step": step, "moe": {"dead_frac": step}})

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertly.watch import history
 from expertly.watch.stats import (
     LayerCounts,
     divergence,
+    evenness,
     layer_stats,
     overlap,
     specialisation,
@@ -159,3 +161,19 @@ def test_the_overlap_of_two_models_choices():
     assert overlap(a, a, valid).tolist() == [1]
     assert overlap(a, b[..., :1], valid).tolist() == pytest.approx([(1 + 1 + 0) / 6])
     assert overlap(a, b, torch.zeros(4, dtype=torch.bool)).tolist() == [0]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 9))
+def test_a_runs_history_computes_the_same_without_torch(seed, domains, experts):
+    generator = torch.Generator().manual_seed(seed)
+    load = torch.randint(0, 4, (domains, 3, experts), generator=generator).double()
+    load[..., 0] += 1  # each layer of each domain has a token
+    share = load / load.sum(-1, keepdim=True)
+    for layer, ours in enumerate(specialisation(load).tolist()):
+        theirs = history.specialisation(share[:, layer].tolist())
+        assert theirs == pytest.approx(ours, abs=1e-12)
+    for domain in range(domains):
+        rounded = [round(value, 4) for value in evenness(load[domain]).tolist()]
+        # a tie may fall to either side: one of the last digit
+        found = history._entropies(share[domain].tolist())
+        assert found == pytest.approx(rounded, abs=1.01e-4)

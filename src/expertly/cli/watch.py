@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from expertly.cli.options import Json, print_json, table
+from expertly.errors import ExpertlyError
 
 _ROWS = 12  # layers in the table at most, the worst ones; the page has all
 
@@ -23,7 +24,8 @@ def watch(
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="To read, of each domain.")] = 8192,
     output: Annotated[
-        Path | None, typer.Option(help="The page.", show_default="watch-NAME.html")
+        Path | None,
+        typer.Option(help="The page.", show_default="watch-NAME.html; none with --json"),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -33,7 +35,7 @@ def watch(
     (stdlib unless --data says otherwise). With --data or --reference a run's newest checkpoint
     does. Example: expertly watch runs/demo/moe
     """
-    from expertly.folders import checkpoints, save_file
+    from expertly.folders import save_file
     from expertly.watch.history import history
     from expertly.watch.page import page
     from expertly.watch.records import METRICS
@@ -42,15 +44,29 @@ def watch(
     if is_run and not (data or reference):
         report = history(target)
     else:
-        saved = checkpoints(target) if is_run else []
-        report = _audit(saved[-1] if saved else target, data or ["stdlib"], reference, tokens)
-    file = output or Path(f"watch-{target.resolve().name}.html")
-    save_file(file, page(report))
+        folder = _newest(target, data, reference) if is_run else target
+        report = _audit(folder, data or ["stdlib"], reference, tokens)
     if json:
         print_json(report)
-        return
-    typer.echo(_text(report))
-    typer.echo(f"\npage          {file}")
+    else:
+        typer.echo(_text(report))
+        output = output or Path(f"watch-{target.resolve().name}.html")
+    if output is not None:
+        save_file(output, page(report))
+    if not json:
+        typer.echo(f"\npage          {output}")
+
+
+def _newest(run: Path, data: list[str] | None, reference: Path | None) -> Path:
+    """A run's newest checkpoint; E305 before the first."""
+    from expertly.folders import checkpoints
+
+    saved = checkpoints(run)
+    if not saved:
+        asked = [name for name, given in (("--data", data), ("--reference", reference)) if given]
+        fix = f"leave {' and '.join(asked)} out"
+        raise ExpertlyError("E305", str(run), "has no checkpoint yet", fix=fix)
+    return saved[-1]
 
 
 def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -> dict[str, Any]:
@@ -69,14 +85,16 @@ def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -
         typer.echo(line, err=True)
 
     config, tokenizer = read_config(folder), open_tokenizer(folder)
-    longest = int(config.get("max_position_embeddings", 512))
+    longest = config.get("max_position_embeddings")
     rows = sample_rows(
         [Source(path=path) for path in data],
         lambda texts: encode_batch(tokenizer, texts),
         tokenizer.eos_token_id,
         tokens=tokens,
-        sequence_length=min(512, longest),
+        sequence_length=min(512, longest) if isinstance(longest, int) and longest > 0 else 512,
     )
+    for each in filter(None, (folder, reference)):
+        _check_vocabulary(each, max(int(ids.max()) for ids in rows.values()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seen = look(open_model(folder, device=device), rows, say)
     resolved = folder.resolve()
@@ -87,6 +105,17 @@ def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -
             seen, look(open_model(reference, device=device), rows, say), reference.name
         )
     return finite(report)
+
+
+def _check_vocabulary(folder: Path, highest: int) -> None:
+    """Raises E305 for a model that does not know every token that it is to read."""
+    from expertly.models.loading import open_config
+
+    known = open_config(folder).vocab_size
+    if known <= highest:
+        why = f"has a vocabulary of {known:,} tokens, the tokenizer made token {highest:,} of the text"
+        fix = "name models with one tokenizer, the one they were trained with"
+        raise ExpertlyError("E305", str(folder), why, fix=fix)
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -63,6 +63,11 @@ class Attachment:
             raise ValueError("no decisions yet: call the model itself first, model(input_ids)")
         return made
 
+    def unseen(self) -> str | None:
+        """The first MoE layer whose router did not run in the latest forward; None: all did."""
+        pairs = zip(self.layers, self._decisions, strict=True)
+        return next((layer.name for layer, decision in pairs if decision is None), None)
+
     @property
     def bias(self) -> list[Tensor] | list[None]:
         """Per layer the selection bias, (experts,) float32, or None when the rule has none.

@@ -1,8 +1,6 @@
 """Open and save a model folder: stock Hugging Face files, checked before they are believed."""
 
-import errno
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from expertly.errors import ExpertlyError, nearest
 from expertly.families import FAMILIES
 from expertly.folders import read_json, write_json
+from expertly.memory import is_out_of_memory
 from expertly.models.attach import Attachment, attached
 from expertly.models.configs import read_config
 from expertly.models.experts import register_experts
@@ -265,16 +264,8 @@ def _opening(folder: Path) -> Iterator[None]:
     try:
         yield
     except _BAD_FOLDER as error:
-        if _no_memory(error):  # that is the machine's doing, no config.json helps
+        if is_out_of_memory(error):  # that is the machine's doing, no config.json helps
             raise
         said = " ".join(f"({type(error).__name__}: {error}".split())[:220]
         why = f"transformers cannot open it {said})"
         raise ExpertlyError("E305", str(folder), why, fix="correct config.json") from error
-
-
-def _no_memory(error: Exception) -> bool:
-    """Whether an allocation failed; torch has a class of its own for that on GPUs only."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    failed = re.search(r"not enough memory|(can't|cannot) allocate memory", str(error), re.I)
-    return isinstance(error, torch.OutOfMemoryError) or failed is not None

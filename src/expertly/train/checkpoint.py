@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from expertly.errors import ExpertlyError
-from expertly.folders import checkpoints, read_json, save_folder, verify, write_json
+from expertly.folders import MANIFEST, checkpoints, read_json, save_folder, verify, write_json
 from expertly.models.loading import Model, save_model
 from expertly.train.proof import Proof
 from expertly.train.setup import Job
@@ -100,6 +100,12 @@ def _require_whole(checkpoint: Path) -> None:
     if not verify(checkpoint):
         why = "its MANIFEST.json is missing"
         raise ExpertlyError("E301", str(checkpoint), why, fix="copy the folder again")
+    listed = read_json(checkpoint / MANIFEST)["files"].keys()
+    there = (path for path in checkpoint.rglob("*") if not path.is_dir())
+    for name in sorted(path.relative_to(checkpoint).as_posix() for path in there):
+        if name != MANIFEST and name not in listed:
+            why = f"its MANIFEST.json does not list {name}"
+            raise ExpertlyError("E301", str(checkpoint), why, fix="copy the folder again")
 
 
 def _set_aside(checkpoint: Path) -> Path:

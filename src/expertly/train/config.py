@@ -180,5 +180,7 @@ class TrainConfig:
         """Values that cannot be, as (leaf, why)."""
         if not self.output_dir:
             yield "output_dir", "must name a folder"
+        if self.router.on_collapse == "rebalance" and self.optim.router_learning_rate == 0:
+            yield "router.on_collapse", "routers drawn anew could not learn, their rate is 0"
         if not 0 <= self.seed < 2**63:
             yield "seed", "must be from 0 to below 2^63"

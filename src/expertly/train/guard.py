@@ -7,7 +7,6 @@ and what is not finite never enters it.
 
 import math
 from collections.abc import Mapping
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
@@ -17,7 +16,7 @@ from expertly.train.log import RunLog
 
 _WINDOW = 128  # losses that a new one is held against, as in OLMo
 _LEAST = 20  # with fewer a jump cannot be told from the start of training
-_FLOOR = 0.05  # of the mean: a plateau's deviation is too small to count in
+_FLOOR = 0.1  # of the mean: on a plateau a small batch of another mixture is many deviations away
 
 
 _DOES = {"skip": "the batch is skipped", "roll_back": "going back to the newest checkpoint"}
@@ -38,7 +37,7 @@ class Guard:
         kept: dict[str, Any] = {"losses": [], "bad": 0} | dict(state or {})
         self._losses: list[float] = list(kept["losses"])
         self._bad: int = kept["bad"]  # bad steps without a good one between them
-        self._rollbacks = 0  # since the newest checkpoint
+        self._rollbacks: list[dict[str, Any]] = []  # records of those since the newest checkpoint
 
     def judge(self, loss: float, grad_norm: float) -> Verdict | None:
         """None for a step that may update; then its loss enters the window."""
@@ -52,18 +51,16 @@ class Guard:
 
     def gives_up(self) -> bool:
         """Whether a run should end after the bad step just judged."""
-        tried = max(self._bad, self._rollbacks + 1)
+        tried = max(self._bad, len(self._rollbacks) + 1)
         return self._config.on_bad_step == "stop" or tried > self._config.max_bad_steps
 
-    def rolled_back(self, state: Mapping[str, Any]) -> "Guard":
-        """The guard of a checkpoint that the run goes back to; it knows how often that happened."""
-        back = Guard(self._config, state)
-        back._rollbacks = self._rollbacks + 1
-        return back
+    def forget(self) -> None:
+        """Begin the window anew: a router that was drawn anew makes the loss jump, and rightly."""
+        self._losses, self._bad = [], 0
 
     def saved(self) -> None:
         """A checkpoint was reached: what was rolled back before it is overcome."""
-        self._rollbacks = 0
+        self._rollbacks = []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON-able."""
@@ -82,9 +79,10 @@ class Guard:
         sigmas = self._config.spike_sigmas
         if not sigmas or len(self._losses) < _LEAST:
             return math.inf
-        mean = fmean(self._losses)
-        # pstdev's exact fractions would cost half a millisecond
-        deviation = math.sqrt(fmean((loss - mean) ** 2 for loss in self._losses))
+        count = len(self._losses)
+        mean = sum(self._losses) / count
+        # statistics.pstdev takes half a millisecond, and squares overflow
+        deviation = math.dist(self._losses, [mean] * count) / math.sqrt(count)
         return mean + sigmas * max(deviation, _FLOOR * abs(mean))
 
 
@@ -92,8 +90,13 @@ class GoBack(NamedTuple):
     """A run's wish to go on from its newest checkpoint, behind the data that it has seen."""
 
     data: dict[str, Any]
-    guard: Guard
-    record: dict[str, Any]  # for metrics.jsonl
+    records: list[dict[str, Any]]  # for metrics.jsonl: of each since the newest checkpoint
+
+    def guard(self, config: OptimConfig, state: Mapping[str, Any]) -> Guard:
+        """The guard to go on with: the checkpoint's, but it knows how often the run went back."""
+        guard = Guard(config, state)
+        guard._rollbacks = self.records
+        return guard
 
 
 def refuse(
@@ -110,11 +113,11 @@ def refuse(
         why = f"{bad.why}; no update was made"
         fix = "start a new run with a lower optim.learning_rate"
         if config.on_bad_step == "stop":
-            fix = "set optim.on_bad_step=skip or roll_back, or lower optim.learning_rate"
+            fix = "go on with --resume optim.on_bad_step=skip (or roll_back)"
         raise ExpertlyError(bad.code, what, why, fix=fix)
     log.say(f"warning: {what}: {bad.why}; {_DOES[config.on_bad_step]}, rows {record['rows']}")
     if config.on_bad_step == "roll_back":
-        return GoBack(at.data, guard, {"from": at.step, **record})
+        return GoBack(at.data, [*guard._rollbacks, {"from": at.step, **record}])
     log.metrics({"step": at.step, "skipped": record})
     return None
 

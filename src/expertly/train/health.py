@@ -25,34 +25,41 @@ class Health:
         self._attachment = job.attachment
         self._probe = OutputProbe(job.model)
         self.recorder = Recorder(job.attachment.rule)
-        self.norms: Tensor | None = None  # (layers, experts), if measured in the last step
         self.remedy = remedy
         remedy.cap(job.optimizer, job.attachment)
         policy, layers = job.attachment.policy, job.attachment.layers
         assert policy is not None, "a run's policy is always attached"
         self.alarms = Alarms(len(layers), layers[0].num_experts, policy.top_k)
 
+    @property
+    def norms(self) -> Tensor | None:
+        """The experts' last known output norms: (layers, experts), NaN where unknown."""
+        norms = self.alarms.state()["norms"]
+        return norms if norms.isfinite().any() else None
+
     def look(self, step: int) -> None:
         """Before the step after `step` others: have the experts' outputs measured in it, if due."""
-        self.norms = None
         self._probe.read()  # a step that was refused was not heeded: no later one takes its norms
         if (step + 1) % _LOOK == 0:
             self._probe.arm()
 
-    def heed(self, step: int, counts: LayerCounts, log: RunLog) -> None:
+    def heed(self, step: int, counts: LayerCounts, log: RunLog) -> bool:
         """Judge a step's counts: say what is new, and do about a collapse what was asked for.
 
-        Raises E503 for a collapse that ends the run.
+        Returns whether routers were drawn anew. Raises E503 for a collapse that ends the run.
         """
-        self.norms = self._probe.read()
-        raised, cleared = self.alarms.add(step, counts, self.norms)
+        raised, cleared = self.alarms.add(step, counts, self._probe.read())
         for alarm in raised:
             log.metrics({"step": step, "alarm": alarm._asdict()})
             log.say(f"alarm at step {step}: {alarm.kind}: {alarm.what}. Advice: {alarm.advice}")
         self._clear(step, cleared, log)
-        collapsed = [alarm for alarm in raised if alarm.kind == "collapse"]
-        if collapsed and self._config.router.on_collapse != "warn":
-            self._remedy(step, collapsed, log)
+        if self._config.router.on_collapse == "warn":
+            return False
+        collapsed = [alarm for alarm in self.alarms.open if alarm.kind == "collapse"]
+        if not collapsed:
+            return False
+        self._remedy(step, collapsed, log)
+        return True
 
     def _clear(self, step: int, cleared: list[tuple[str, int]], log: RunLog) -> None:
         for kind, layer in cleared:
@@ -63,10 +70,11 @@ class Health:
         """Draw the collapsed routers anew, or raise E503."""
         if self._config.router.on_collapse == "stop" or self.remedy.times == _TIMES:
             what = f"step {step}, {collapsed[0].what}"
-            why = "router.on_collapse=stop"
+            why, fix = "router.on_collapse=stop", "go on with --resume router.on_collapse=rebalance"
             if self.remedy.times:
                 why = f"again after {self.remedy.times} rebalancings"
-            raise ExpertlyError("E503", what, why, fix=collapsed[0].advice)
+                fix = "start a new run with a lower optim.router_learning_rate"
+            raise ExpertlyError("E503", what, why, fix=fix)
         layers = [alarm.layer for alarm in collapsed]
         rebalance(self._job.model, self._attachment, self._job.optimizer, layers)
         self.remedy = self.remedy.after(self._config.optim, layers)

@@ -1,10 +1,12 @@
 """What a run tells while it runs: its records, TensorBoard, and a progress line for people.
 
-Nothing here may end a run: a record that the disk refuses waits, a tracker that fails is left out.
+Nothing here ends a run that is under way: a record that the disk refuses waits, a tracker that
+fails is left out.
 """
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,11 @@ class RunLog:
     def metrics(self, record: dict[str, Any]) -> None:
         """A record of metrics.jsonl; its numbers also go to TensorBoard."""
         self._append(METRICS, record)
-        try:
-            strike("log.board", record["step"])
-            for tag, value in _scalars(record) if self._board is not None else ():
-                self._board.add_scalar(tag, value, record["step"])
-        except Exception as error:  # noqa: BLE001  other people's code, and not worth a run
-            self._board = None
-            self.say(f"warning: tensorboard is left out from now on ({error})")
+        if self._board is not None:
+            with self._tracking():
+                strike("log.board", record["step"])
+                for tag, value in _scalars(record):
+                    self._board.add_scalar(tag, value, record["step"])
 
     def router(self, record: dict[str, Any]) -> None:
         """A record of router.jsonl."""
@@ -88,8 +88,10 @@ class RunLog:
         self._progress.update(self._task, completed=at or 0)
         if self._new_board is not None:
             self._close_board()
-            folder, first = str(self._run / "tensorboard"), at + 1 if at else 0
-            self._board = self._new_board(folder, purge_step=first)
+            with self._tracking():
+                strike("log.board", "open")
+                folder, first = str(self._run / "tensorboard"), at + 1 if at else 0
+                self._board = self._new_board(folder, purge_step=first)
 
     def close(self) -> None:
         """Stop the bar, write what waits, flush."""
@@ -101,7 +103,18 @@ class RunLog:
 
     def _close_board(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with self._tracking():
+                strike("log.board", "close")
+                self._board.close()
+
+    @contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """For what is done with the tracker: when it fails, the run goes on without."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  other people's code, and not worth a run
+            self._board = None
+            self.say(f"warning: tensorboard is left out from now on ({error})")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         self._waiting.append((self._run / name, record))

@@ -1,5 +1,6 @@
 """The training loop: read it from top to bottom. Its parts lie beside it, one idea a file."""
 
+import gc
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,6 +79,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> TrainResult:
             checkpoint = find_start(folder, config, log.say, resume=resume)
             ended = _from(checkpoint, config, log)
             while isinstance(ended, GoBack):
+                gc.collect()  # hooks tie a model into cycles, and two models may not fit
                 ended = _from(whole_checkpoint(folder, log.say), config, log, ended)
         finally:
             log.close()
@@ -97,15 +99,17 @@ def _from(
     if checkpoint is not None and at is not None:
         job.batches.restore(at.data)
         restore(checkpoint, job, proof)
-        if health is not None:
-            health.alarms.restore(read_alarms(checkpoint))
+        seen = read_alarms(checkpoint)
+        if health is not None and seen:  # a checkpoint from before there were alarms has none
+            health.alarms.restore(seen)
     # only now, so that a config that had to be corrected finds the folder free
     save_file(folder / CONFIG, dump(config))
     log.begin(at.step if at else None)
     if back is not None:
-        guard = back.guard.rolled_back(guard.state())
+        guard = back.guard(config.optim, guard.state())
         job.batches.restore(back.data)
-        log.metrics({"step": 1 + (at.step if at else 0), "rolled_back": back.record})
+        for record in back.records:
+            log.metrics({"step": 1 + (at.step if at else 0), "rolled_back": record})
     at = at or Progress(step=0, tokens=0, seconds=0.0, data={})
     with Stop() as stop:
         ended = _loop(Run(config, job, proof, guard, health, log, stop), at)
@@ -163,7 +167,8 @@ def _step(run: Run, at: Progress) -> tuple[Step, Progress, GoBack | None]:
         return done, after, refuse(config.optim, run.guard, run.log, at, after, done.bad)
     if health is not None and done.counts is not None:
         run.proof.add(done.counts)
-        health.heed(after.step, done.counts, run.log)
+        if health.heed(after.step, done.counts, run.log):
+            run.guard.forget()
     return done, after, None
 
 

@@ -17,8 +17,20 @@ from expertly.train.config import TrainConfig
 from expertly.watch.records import METRICS
 
 CONFIG = "config.yaml"
-# what may change between a run and its resumption
-_FREE = ("log.", "output_dir:", "device:", "data.cache_dir:")
+# what may change between a run and its resumption: what it learns does not hang on it, or the
+# change is the answer to what ended the run
+_FREE = (
+    "log.",
+    "output_dir:",
+    "device:",
+    "data.cache_dir:",
+    "optim.on_bad_step:",
+    "optim.spike_sigmas:",
+    "optim.max_bad_steps:",
+    "router.on_collapse:",
+    "schedule.gradient_checkpointing:",
+)
+_SPLIT = ("schedule.per_device_train_batch_size:", "schedule.gradient_accumulation_steps:")
 
 
 def find_start(
@@ -27,8 +39,8 @@ def find_start(
     """The checkpoint to go on from; None: from the beginning.
 
     A run that was stopped before its first checkpoint starts again from the beginning, also with
-    another config (a smaller one, after E402), and so does one that was never begun. Raises E205 for a run in the way, E206 for a changed config, and what
-    whole_checkpoint raises.
+    another config, and so does one that was never begun. Raises E205 for a run in the way, E206
+    for a changed config, and what whole_checkpoint raises.
     """
     there = (folder / CONFIG).exists()
     if resume and there:
@@ -66,24 +78,29 @@ def memory_in_use() -> int:
 
 
 def _smaller(config: TrainConfig) -> str:
-    """What to try next. Halving a micro-batch and doubling their number changes no gradient."""
+    """What to try next: the same rows in more micro-batches, then what costs time or context."""
     schedule = config.schedule
     rows, size = schedule.per_device_train_batch_size, schedule.gradient_accumulation_steps
     if rows > 1:
-        half, more = rows // 2, size * 2
-        return (
-            f"set schedule.per_device_train_batch_size={half} "
-            f"schedule.gradient_accumulation_steps={more}"
-        )
+        parts = next(part for part in range(2, rows + 1) if rows % part == 0)
+        fewer = f"schedule.per_device_train_batch_size={rows // parts}"
+        return f"add --resume {fewer} schedule.gradient_accumulation_steps={size * parts}"
     if not schedule.gradient_checkpointing:
-        return "set schedule.gradient_checkpointing=true"
-    return f"set data.sequence_length={max(2, config.data.sequence_length // 2)}"
+        return "add --resume schedule.gradient_checkpointing=true"
+    shorter = max(2, config.data.sequence_length // 2)
+    return f"start a new run with data.sequence_length={shorter}"
 
 
 def _refuse_changes(folder: Path, config: TrainConfig) -> None:
     """Raises E206 when a resumed run would no longer be the same run."""
-    found = differences(load(TrainConfig, folder / CONFIG), config)
-    changed = [line for line in found if not line.startswith(_FREE)]
+    before = load(TrainConfig, folder / CONFIG)
+    free = _FREE + (_SPLIT if _rows_per_step(before) == _rows_per_step(config) else ())
+    changed = [line for line in differences(before, config) if not line.startswith(free)]
     if changed:
         fix = "resume with the run's own config.yaml, or start a new run"
         raise ExpertlyError("E206", str(folder), "; ".join(changed), fix=fix)
+
+
+def _rows_per_step(config: TrainConfig) -> int:
+    schedule = config.schedule
+    return schedule.per_device_train_batch_size * schedule.gradient_accumulation_steps

@@ -8,6 +8,7 @@ from expertly.faults import factor, strike
 from expertly.models.attach import Attachment
 from expertly.models.loading import Model
 from expertly.moe.balance import update_bias
+from expertly.scale.reduce import sum_over_ranks
 from expertly.train.config import TrainConfig
 from expertly.train.evaluate import to_micro
 from expertly.train.guard import Guard, Verdict
@@ -54,7 +55,7 @@ def train_step(
     rate *= config.optim.learning_rate
     if job.attachment is None or recorder is None:
         return Step(losses, loss, norm, rate, bad, None, None)
-    counts = recorder.read()
+    counts = recorder.read(sum_over_ranks)
     if config.router.bias_update_rate and bad is None:
         _move_biases(job.attachment, counts, config.router.bias_update_rate)
     health = watch_set(counts, job.attachment.biases())

@@ -11,66 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertly.watch.kinds import KINDS, Kind
 from expertly.watch.stats import LayerCounts, entropy
 
 WINDOW = 48  # steps
 _NAMED = 8  # experts in a sentence at most
-ASSIGNMENTS = 50  # an even share over the window below which an expert without any is chance
-
-
-class Kind(NamedTuple):
-    """One kind of alarm: what is measured against which limits, and what is said."""
-
-    limit: float  # beyond it the alarm begins
-    clear: float  # back on this side of it the alarm ends
-    below: bool  # whether what is too low is bad
-    what: str
-    advice: str
-
-
-KINDS = {
-    "collapse": Kind(
-        0.5,
-        0.35,
-        False,
-        "the tokens crowd onto the same experts ({figure:.2f}, where 0 is even and 1 collapsed)",
-        "raise router.router_aux_loss_coef or router.bias_update_rate, lower "
-        "optim.router_learning_rate, or let router.on_collapse=rebalance draw the router anew",
-    ),
-    "dead": Kind(
-        0.01,
-        0.1,
-        True,
-        "hardly any token is sent there ({figure:.1%} of an even share)",
-        "raise router.router_aux_loss_coef or router.bias_update_rate; in a model that is not "
-        "trained further these experts can be pruned",
-    ),
-    "silent": Kind(
-        0.01,
-        0.02,
-        True,
-        "tokens are sent there, but the answer is nothing ({figure:.2%} of the layer's median "
-        "output norm)",
-        "look for damaged or zeroed expert weights, else lower optim.weight_decay; an even load "
-        "hides it from router.router_aux_loss_coef",
-    ),
-    "overflow": Kind(
-        0.25,
-        0.15,
-        False,
-        "capacity drops {figure:.0%} of the assignments",
-        "raise router.capacity_factor or router.router_aux_loss_coef, or set "
-        "router.overflow=reroute",
-    ),
-    "saturation": Kind(
-        0.95,
-        0.9,
-        False,
-        "the router is all but certain of one expert (mean highest probability {figure:.3f}), so "
-        "the others hardly learn",
-        "raise router.router_z_loss_coef or lower optim.router_learning_rate",
-    ),
-}
+# the least even share, in assignments, from which a figure is not chance
+ASSIGNMENTS = 50  # over the window, for an expert that gets none
+# over the third of it: routing at random then looks collapsed less than once in 10 million times
+# in the worst shape, half of the experts per token; with 8 it does once in 500 (4 of 8 experts)
+CROWD = 24
 
 
 class Alarm(NamedTuple):
@@ -231,12 +181,14 @@ class Alarms:
         strength = _strength(self._state["norms"], ratio)
         enough = long.chosen.mean(dim=-1) >= ASSIGNMENTS
         assignments = long.chosen.sum(dim=-1)
+        crowd = short.chosen.mean(dim=-1) >= CROWD
         whole_layer = torch.zeros_like(ratio, dtype=torch.bool)
         # with one expert per token, to be certain of it is what a router learns
         certain = short.confidence / short.tokens * (self._top_k > 1)
         return [
             _Finding(
-                collapse(short.chosen, self._top_k), ratio >= ratio.amax(-1, keepdim=True) / 2
+                collapse(short.chosen, self._top_k).where(crowd, math.nan),
+                ratio >= ratio.amax(-1, keepdim=True) / 2,
             ),
             _Finding(lasting.amin(dim=-1).where(enough, math.nan), lasting < KINDS["dead"].limit),
             _Finding(strength.amin(dim=-1), strength < KINDS["silent"].limit),
@@ -261,11 +213,13 @@ def _ratio(chosen: Tensor) -> Tensor:
 def _strength(norms: Tensor, ratio: Tensor) -> Tensor:
     """Output norms over their layer's median: (layers, experts); infinite where it can't be said.
 
+    The median of those above 0: a layer whose experts are all silent has no other measure than 0.
     It is said of experts with an ordinary load: one with few tokens is dead, or dying.
     """
     # of two experts the stronger one is the measure, else the silent one would be its own
-    median = norms.nanquantile(0.5, dim=-1, keepdim=True, interpolation="higher")
-    strength = norms / median
+    speaking = norms.where(norms > 0, math.nan)
+    median = speaking.nanquantile(0.5, dim=-1, keepdim=True, interpolation="higher")
+    strength = (norms / median).where(norms != 0, 0.0)
     return strength.where((ratio >= 0.5) & strength.isfinite(), math.inf)
 
 

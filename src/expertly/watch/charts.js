@@ -16,7 +16,7 @@ function legend() {
   const color = palette(), steps = { "¼x or less": 0.25, "½x": 0.5, "1x, even": 1, "2x": 2, "4x or more": 4 };
   $("legend").replaceChildren(...Object.entries(steps).map(([words, load]) =>
     el("span", {}, el("i", { style: `background:rgb(${color(load)})` }), " " + words)));
-  $("legend").append(el("span", {}, "✕ no token (dead)"));
+  $("legend").append(el("span", {}, "✕ " + none));
   if (R.norms) $("legend").append(el("span", {}, "○ output norm below 0.01 (silent)"));
 }
 
@@ -93,7 +93,7 @@ const map = heat($("heat"), $("heat-readout"), {
   mark: (r, e) => dead(now, R.worst[r], e) ? "dead" : silent(now, R.worst[r], e) ? "silent" : "",
   say(r, e) {
     const l = R.worst[r], parts = [`load ${times(R.load[now][l][e])} its share`];
-    if (dead(now, l, e)) parts.push("no token");
+    if (dead(now, l, e)) parts.push(none);
     if (norm(now, l, e) != null) parts.push(`output norm ${fix(norm(now, l, e), 2)}`);
     if (silent(now, l, e)) parts.push("silent");
     return `${R.names[l]}, expert ${e}: ${parts.join(", ")}`;

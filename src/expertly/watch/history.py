@@ -7,12 +7,13 @@ is printed by `expertly watch --json` and drawn by page.py; it judges nothing an
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median_high
 from typing import Any
 
 from expertly.errors import ExpertlyError
 from expertly.families import family_of, moe_layer_indices, sizes
 from expertly.folders import checkpoints, read_json
+from expertly.watch.checks import check_metrics, check_router
 from expertly.watch.records import METRICS, ROUTER, finite, read_records
 
 # cells of load in a report: at six characters each its page stays below 2 MB
@@ -100,19 +101,21 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Record
     if not (run / METRICS).is_file() and not (run / ROUTER).is_file():
         why = f"holds no {METRICS}, so it is not a run"
         raise ExpertlyError("E305", str(run), why, fix="name the output_dir of expertly train")
-    router = read_records(run / ROUTER)
+    metrics, router = read_records(run / METRICS), read_records(run / ROUTER)
+    check_metrics(run / METRICS, metrics)
+    check_router(run / ROUTER, router)
     snapshots = [record for record in router if "load" in record]
     if not snapshots:
         why = "has no record yet: a dense model, or a run before its first report"
         fix = "name a run of an MoE model, or wait for logging_steps steps"
         raise ExpertlyError("E303", str(run / ROUTER), why, fix=fix)
     domains = [record["domains"] for record in router if "domains" in record]
-    return read_records(run / METRICS), snapshots, (domains or [{}])[-1]
+    return metrics, snapshots, (domains or [{}])[-1]
 
 
 def _model(config: Record, metrics: Sequence[Record], layers: int) -> dict[str, Any]:
     """Family, top_k and the layers' names, from the model's config; else from the records."""
-    if family_of(config) is None:
+    if family_of(config) is None or len(moe_layer_indices(config)) != layers:
         names = [f"layer {layer}" for layer in range(layers)]
         return {"family": "unknown", "top_k": _top_k(metrics), "names": names}
     indices = moe_layer_indices(config)
@@ -127,9 +130,11 @@ def _model(config: Record, metrics: Sequence[Record], layers: int) -> dict[str, 
 def _top_k(metrics: Sequence[Record]) -> int:
     """What the last balance loss says of it; 0 when nothing does."""
     for record in reversed(metrics):
-        watched = record.get("moe", {})
-        if watched.get("aux_loss_per_k"):
-            return round(watched["aux_loss"] / watched["aux_loss_per_k"])
+        aux_loss, per_k = (
+            record.get("moe", {}).get(name) for name in ("aux_loss", "aux_loss_per_k")
+        )
+        if aux_loss and per_k and math.isfinite(aux_loss / per_k):
+            return round(aux_loss / per_k)
     return 0
 
 
@@ -174,7 +179,7 @@ def _entropy(shares: Sequence[float]) -> float:
 
 def _over_median(rows: Rows) -> list[list[float | None]]:
     """Each norm over the median of its layer's speaking experts: 1 is ordinary, 0 silent."""
-    ordinary = [median([norm for norm in row if norm and norm > 0] or [1.0]) for row in rows]
+    ordinary = [median_high([norm for norm in row if norm and norm > 0] or [1.0]) for row in rows]
     return [
         [finite(round(norm / middle, 4) if norm else norm) for norm in row]
         for row, middle in zip(rows, ordinary, strict=True)
@@ -201,7 +206,8 @@ def _alarms(metrics: Sequence[Record]) -> list[dict[str, Any]]:
             if alarm["cleared"] is None and _ends(record, alarm):
                 alarm["cleared"] = record["step"]
         if "alarm" in record:
-            alarms.append({"step": record["step"], **record["alarm"], "cleared": None})
+            said = finite(record["alarm"])
+            alarms.append({"step": record["step"], **said, "cleared": None})
     return alarms
 
 

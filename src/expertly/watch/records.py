@@ -36,15 +36,15 @@ def append_json(file: Path, record: dict[str, Any]) -> None:
 def read_records(file: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file; none when it is missing. A torn last line is left out.
 
-    Raises E301 for any other line that is not JSON.
+    Raises E301 for any other line that is not a JSON object with a step.
     """
     if not file.is_file():
         return []
     whole = file.read_bytes().split(b"\n")[:-1]
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        fix = "take the lines out that are not JSON"
+        return [_record(line) for line in whole]
+    except (ValueError, RecursionError) as error:
+        fix = "take the lines out that are not JSON objects with a step"
         raise ExpertlyError("E301", str(file), f"is damaged ({error})", fix=fix) from error
 
 
@@ -75,6 +75,13 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError(f"no object with a step: {line[:40]!r}")
+    return record
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -6,6 +6,16 @@ from typing import Any, NamedTuple
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
+# ranges that healthy runs keep to at every step, chance included; alarms judge more closely
+_READINGS = (
+    ("dead_frac", "experts without a token", "{:.0%}", "near 0%"),
+    ("entropy_norm", "load entropy", "{:.3f}", "above 0.8"),
+    ("effective_experts", "effective experts", "{:.1f}", "most of them"),
+    ("max_load_ratio", "hottest expert", "{:.2f}x its share", "below 4x"),
+    ("dropped_frac", "dropped tokens", "{:.1%}", "below 25%"),
+)
+
+
 class Reading(NamedTuple):
     """One number of the watch set, in words."""
 
@@ -15,13 +25,11 @@ class Reading(NamedTuple):
 
 
 def readings(watched: Mapping[str, Any]) -> list[Reading]:
-    """The numbers of a watch set that a person looks at first."""
+    """The numbers of a watch set that a person looks at first; those that it knows."""
     return [
-        Reading("dead experts", f"{watched['dead_frac']:.0%}", "0%"),
-        Reading("load entropy", f"{watched['entropy_norm']:.3f}", "near 1"),
-        Reading("effective experts", f"{watched['effective_experts']:.1f}", "most of them"),
-        Reading("hottest expert", f"{watched['max_load_ratio']:.2f}x its share", "below 2x"),
-        Reading("dropped tokens", f"{watched['dropped_frac']:.1%}", "0%"),
+        Reading(words, form.format(watched[name]), healthy)
+        for name, words, form, healthy in _READINGS
+        if watched.get(name) is not None
     ]
 
 
