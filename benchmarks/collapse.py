@@ -1,35 +1,40 @@
-"""Do the alarms hold? Routers that collapse must raise one soon, healthy ones none, ever.
+"""Do the alarms hold? Routers that collapse must raise one soon and recover; healthy ones none.
 
 Run: python benchmarks/collapse.py [collapse | healthy] [--steps 300] [--seed 0]
 Tiny models on real text, the demo's config made small. A collapse has one of two causes: no balance
 loss and a high router learning rate, or from step 100 a selection bias of +10 for one expert.
 Onset: the first of 8 steps on end in which some layer's raw load (before capacity, of that step
-alone) is over the collapse limit. Each such run is alarmed, rebalanced as router.on_collapse=
-rebalance does it, and goes on beside a control: the same seed with the default balance and rate.
-Healthy runs print the worst of each figure, to be held against the limits.
+alone) is over the collapse limit. Such a run trains with router.on_collapse=rebalance beside a
+control: the same seed with the default balance and rate. Healthy runs print the worst of each
+figure, to be held against the limits.
+Exits with 1 when a collapse is not alarmed within 50 steps of its onset or does not recover (at the
+end the collapse figure is above the one that clears the alarm, or the loss of the last 20 steps is
+over 5 % above the control's), or when a healthy run raises any alarm.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import expertly.cli
 from expertly.config import load
-from expertly.models.probe import OutputProbe
+from expertly.errors import ExpertlyError
 from expertly.train.config import TrainConfig
 from expertly.train.guard import Guard
-from expertly.train.rebalance import Remedy, rebalance
+from expertly.train.health import Health
+from expertly.train.rebalance import Remedy
 from expertly.train.setup import prepare
 from expertly.train.update import train_step
-from expertly.watch.alarms import KINDS, WINDOW, Alarms, Changes, collapse
-from expertly.watch.recorder import Recorder
+from expertly.watch.alarms import WINDOW, collapse
+from expertly.watch.kinds import KINDS
 from expertly.watch.stats import LayerCounts
 
 DEMO = Path(expertly.cli.__file__).with_name("demo.yaml")
@@ -56,6 +61,8 @@ FAMILIES = {
 }
 NO_BALANCE = ("router.router_aux_loss_coef=0", "router.router_z_loss_coef=0")
 BUMP = 100  # the step of the bias
+SOON = 50  # steps from the onset to the alarm at most
+NEAR = 1.05  # of the control's loss
 
 
 class Run(NamedTuple):
@@ -69,12 +76,29 @@ class Run(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One step of a run."""
+    """One step of a run that the guard let pass."""
 
+    step: int  # from 1
     counts: LayerCounts
-    norms: Tensor | None
-    changes: Changes
+    norms: Tensor | None  # the last known
     loss: float  # cross-entropy
+    alarms: list[dict[str, Any]]  # raised
+    error: str  # why the run ended here; empty: it did not
+
+
+class Ledger:
+    """In place of a run's log: keeps the alarms."""
+
+    def __init__(self) -> None:
+        self.alarms: list[dict[str, Any]] = []
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Keep an alarm."""
+        if "alarm" in record:
+            self.alarms.append(record["alarm"])
+
+    def say(self, line: str) -> None:
+        """Say nothing."""
 
 
 def run(family: str, experts: int, top_k: int, seed: int, *more: str, **fields: object) -> Run:
@@ -125,33 +149,33 @@ def healthy(first_seed: int) -> Iterator[Run]:
         yield run(family, *sizes[(index * 2 + index // 9) % 9], first_seed + index, *more)
 
 
-def drive(asked: Run, overrides: Sequence[str], steps: int, *, remedied: bool) -> Iterator[Seen]:
-    """Train with alarms; remedied: rebalance at each collapse, as the training loop does."""
+def drive(asked: Run, overrides: Sequence[str], steps: int, on_collapse: str) -> Iterator[Seen]:
+    """Train as the training loop does; with on_collapse=rebalance a bias may make it collapse."""
     given = ["output_dir=unused", *SMALL, *asked.overrides, *overrides]
-    config = load(TrainConfig, DEMO, [*given, f"schedule.max_steps={steps}"])
+    given += [f"schedule.max_steps={steps}", f"router.on_collapse={on_collapse}"]
+    config = load(TrainConfig, DEMO, given)
     job = prepare(config, None, lambda line: None)
     assert job.attachment is not None, "these are MoE models"
-    layers = job.attachment.layers
-    recorder, probe = Recorder(job.attachment.rule), OutputProbe(job.model)
-    alarms = Alarms(len(layers), layers[0].num_experts, asked.top_k)
-    guard, remedy = Guard(config.optim), Remedy()
+    health, guard = Health(job, config, Remedy()), Guard(config.optim)
     for step in range(steps):
-        if asked.bump and remedied and step == BUMP:
+        if asked.bump and on_collapse == "rebalance" and step == BUMP:
             for bias in job.attachment.bias:
                 bias[1] += 10
-        if step % 10 == 0:
-            probe.arm()
-        followed = replace(config, router=remedy.router(config.router))
-        done = train_step(followed, job, recorder, guard, step)
-        norms = probe.read()
-        changes = alarms.add(step + 1, done.counts, norms)
-        yield Seen(done.counts, norms, changes, done.losses.cross_entropy)
-        collapsed = [each.layer for each in changes.raised if each.kind == "collapse"]
-        if remedied and collapsed:
-            rebalance(job.model, job.attachment, job.optimizer, collapsed)
-            remedy = remedy.after(config.optim, collapsed)
-            remedy.cap(job.optimizer, job.attachment)
-            alarms.reset(collapsed)
+        health.look(step)
+        followed = replace(config, router=health.remedy.router(config.router))
+        done = train_step(followed, job, health.recorder, guard, step)
+        if done.bad is not None:  # it moved nothing, and nobody heeds it
+            continue
+        ledger, error = Ledger(), ""
+        try:
+            if health.heed(step + 1, done.counts, ledger):
+                guard.forget()
+        except ExpertlyError as ended:
+            error = ended.code
+        loss = done.losses.cross_entropy
+        yield Seen(step + 1, done.counts, health.norms, loss, ledger.alarms, error)
+        if error:
+            return
 
 
 def figures(seen: Sequence[Seen], top_k: int, window: int) -> Tensor:
@@ -161,49 +185,58 @@ def figures(seen: Sequence[Seen], top_k: int, window: int) -> Tensor:
 
 
 def onset(seen: Sequence[Seen], top_k: int, start: int) -> int | None:
-    """The first step of the onset, from 1; None: it never comes."""
+    """The first step of the onset; None: it never comes."""
     over = (figures(seen, top_k, 1) > KINDS["collapse"].limit).any(dim=-1).tolist()
-    return next((s + 1 for s in range(start, len(over) - 7) if all(over[s : s + 8])), None)
+    begins = (i for i in range(len(over) - 7) if seen[i].step > start and all(over[i : i + 8]))
+    return next((seen[i].step for i in begins), None)
 
 
-def tell_collapse(asked: Run, steps: int) -> None:
-    """Print when it was alarmed, and what became of load and loss."""
-    seen = list(drive(asked, asked.cause, steps, remedied=True))
-    control = list(drive(asked, (), steps, remedied=False))
-    alarms = [each for one in seen for each in one.changes.raised if each.kind == "collapse"]
-    first = min((each.step for each in alarms), default=None)
+def tell_collapse(asked: Run, steps: int) -> bool:
+    """Print when it was alarmed, and what became of load and loss; whether all is as it must be."""
+    seen = list(drive(asked, asked.cause, steps, "rebalance"))
+    control = list(drive(asked, (), steps, "warn"))
+    raised = [alarm for one in seen for alarm in one.alarms]
+    alarmed = [alarm["step"] for alarm in raised if alarm["kind"] == "collapse"]
     began = onset(seen, asked.top_k, BUMP if asked.bump else 0)
     last = float(figures(seen[-16:], asked.top_k, 16).max())
-    loss = fmean(each.loss for each in seen[-20:])
-    at_rest = fmean(each.loss for each in control[-20:])
-    others = sorted({each.kind for one in seen for each in one.changes.raised} - {"collapse"})
+    loss, rest = (fmean(each.loss for each in run[-20:]) for run in (seen, control))
+    problems = [seen[-1].error] if seen[-1].error else []
+    if not alarmed or (began is not None and alarmed[0] > began + SOON):
+        problems.append("not alarmed in time")
+    if last > KINDS["collapse"].clear or loss > NEAR * rest:
+        problems.append("not recovered")
     print(
-        f"{asked.name:60} onset {began} alarm {first} times {len({a.step for a in alarms})} "
-        f"last {max((a.step for a in alarms), default=None)} end figure {last:.2f} "
-        f"loss {loss:.3f} control {at_rest:.3f} {' '.join(others)}",
+        f"{asked.name:60} onset {began} alarm {min(alarmed, default=None)} "
+        f"times {len(set(alarmed))} last {max(alarmed, default=None)} refused {steps - len(seen)} "
+        f"end figure {last:.2f} loss {loss:.3f} control {rest:.3f} "
+        f"{' '.join(sorted({alarm['kind'] for alarm in raised} - {'collapse'}))} "
+        f"{'FAILED: ' + ', '.join(problems) if problems else 'ok'}",
         flush=True,
     )
+    return not problems
 
 
-def tell_healthy(asked: Run, steps: int) -> None:
-    """Print its alarms, and the worst of each figure."""
-    seen = list(drive(asked, (), steps, remedied=False))
+def tell_healthy(asked: Run, steps: int) -> bool:
+    """Print its alarms, and the worst of each figure; whether there was no alarm."""
+    seen = list(drive(asked, (), steps, "warn"))
     stacked = [torch.stack(values) for values in zip(*(each.counts for each in seen), strict=True)]
     counts = LayerCounts._make(stacked)
-    lasting = counts.chosen.unfold(0, WINDOW, 1).sum(-1)
+    window = min(WINDOW, len(seen))
+    lasting = counts.chosen.unfold(0, window, 1).sum(-1)
     share = float((lasting / lasting.mean(-1, keepdim=True)).min())
     norms = torch.stack([each.norms for each in seen if each.norms is not None])
     norms = norms / norms.nanmedian(dim=-1, keepdim=True).values
-    dropped = 1 - counts.load.unfold(0, WINDOW, 1).sum((-1, -2)) / lasting.sum(-1)
+    dropped = 1 - counts.load.unfold(0, window, 1).sum((-1, -2)) / lasting.sum(-1)
     certain = (counts.confidence / counts.tokens.unsqueeze(-1)).unfold(0, 16, 1).mean(-1)
-    raised = [f"{a.kind}@{a.step}" for each in seen for a in each.changes.raised]
+    raised = [f"{alarm['kind']}@{alarm['step']}" for each in seen for alarm in each.alarms]
     print(
         f"{asked.name:60} collapse {figures(seen, asked.top_k, 16).max():.2f} dead {share:.3f} "
         f"silent {norms[~norms.isnan()].min():.2f} overflow {dropped.max():.2f} "
         f"saturation {certain.max():.2f} loss {fmean(each.loss for each in seen[-20:]):.3f} "
-        f"alarms {raised}",
+        f"{f'FAILED: {raised}' if raised else 'ok'}",
         flush=True,
     )
+    return not raised
 
 
 def main() -> None:
@@ -214,6 +247,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first; the limits saw 0")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    well = []
     for what, runs, tell in (
         ("collapse", collapsing(asked.seed), tell_collapse),
         ("healthy", healthy(asked.seed + 100), tell_healthy),
@@ -221,7 +255,9 @@ def main() -> None:
         if asked.what in (None, what):
             print(what, {name: kind.limit for name, kind in KINDS.items()})
             for each in islice(runs, asked.first):
-                tell(each, asked.steps)
+                well.append(tell(each, asked.steps))
+    print(f"{sum(well)} of {len(well)} runs are as they must be")
+    sys.exit(0 if all(well) else 1)
 
 
 if __name__ == "__main__":

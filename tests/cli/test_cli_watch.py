@@ -116,12 +116,10 @@ def text(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("value", [None, "many", -5])
-def test_no_longest_sequence_is_no_crash(watch, altered, text, value):
-    folder = altered({"max_position_embeddings": value})
-    code, out, err = watch(folder, "--data", text)
-    assert code == 0 or re.search(r"error\[E30[57]\]", err)
-    assert code == 0 or (out == "" and err.count("\n") == 1)
+def test_no_longest_sequence_is_no_crash(watch, altered, text):
+    code, out, err = watch(altered({"max_position_embeddings": None}), "--data", text)
+    # this transformers refuses it when it opens the tokenizer
+    assert code == 0 or (code, out, err.count("\n")) == (3, "", 1)
 
 
 def test_tokens_that_a_model_does_not_know_are_said_before_the_look(

@@ -117,6 +117,7 @@ def test_decisions_before_a_forward_say_what_to_do(policy, tiny_model, tiny_ids)
 def test_a_router_that_did_not_run_is_unseen(tiny_model, tiny_ids):
     model = copy.deepcopy(tiny_model("mixtral"))
     with attach(model) as attachment:
+        assert attachment.unseen() == "model.layers.0.mlp", "none has run yet"
         model(tiny_ids)
         assert attachment.unseen() is None
         model.model.layers[1].mlp.forward = lambda x: x

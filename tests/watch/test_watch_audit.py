@@ -84,9 +84,9 @@ def test_drift_needs_models_of_the_same_make(tiny_model):
         drift(seen, fewer, "base")
 
 
-def test_a_dense_model_has_no_routers(tiny_model):
+def test_a_dense_model_has_no_routers(tiny_sizes):
     from expertly.models.build import build_model, model_config, twin_config
 
-    dense = build_model(twin_config(model_config("qwen3_moe", {"vocab_size": 300})))
+    dense = build_model(twin_config(model_config("qwen3_moe", tiny_sizes("qwen3_moe"))))
     with pytest.raises(ExpertlyError, match=r"E30[56]"):
         look(dense, ROWS, quiet)

@@ -218,7 +218,7 @@ return [words("verdict"), words("legend"), Object.fromEntries(marks)];"""
 
 
 def of_demo(**other):
-    """What the healthy demo's last step shows: 2 of 16 experts per token, one left out by chance."""
+    """What the healthy demo's last step shows: 2 of 16 experts, one left out by chance."""
     report = made(experts=16, alarms=[alarm(1, [0], 10, cleared=20)], **other)
     report["load"][-1][1][5] = 0.0
     report["norms"][1][5] = None

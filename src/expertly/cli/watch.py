@@ -85,13 +85,13 @@ def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -
         typer.echo(line, err=True)
 
     config, tokenizer = read_config(folder), open_tokenizer(folder)
-    longest = config.get("max_position_embeddings")
+    longest = config.get("max_position_embeddings") or 512  # null is allowed
     rows = sample_rows(
         [Source(path=path) for path in data],
         lambda texts: encode_batch(tokenizer, texts),
         tokenizer.eos_token_id,
         tokens=tokens,
-        sequence_length=min(512, longest) if isinstance(longest, int) and longest > 0 else 512,
+        sequence_length=min(512, longest),
     )
     for each in filter(None, (folder, reference)):
         _check_vocabulary(each, max(int(ids.max()) for ids in rows.values()))
@@ -113,7 +113,7 @@ def _check_vocabulary(folder: Path, highest: int) -> None:
 
     known = open_config(folder).vocab_size
     if known <= highest:
-        why = f"has a vocabulary of {known:,} tokens, the tokenizer made token {highest:,} of the text"
+        why = f"has a vocabulary of {known:,} tokens, the tokenizer made token {highest:,}"
         fix = "name models with one tokenizer, the one they were trained with"
         raise ExpertlyError("E305", str(folder), why, fix=fix)
 

@@ -41,7 +41,7 @@ class Attachment:
         self.rule = self._rule_on(model)
         self.tokens: Tokens | None = None
         self._mask: Tensor | None = None  # of valid tokens, while a forward may use it
-        self._decisions: list[Decision | None] = []
+        self._decisions: list[Decision | None] = [None] * len(self.layers)
         self._recording = False
         self._bias_name = require_family(config).bias
         self._bias_dtypes: list[torch.dtype] = []  # of the family's own, before this one

@@ -1,21 +1,26 @@
 """Are a run's records such as its history reads? What is not is E301, in one line. No torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
+from expertly.watch.records import finite
 
 _MOST = 1e100  # of any number, so that no arithmetic on it overflows
-_ALARM: dict[str, Callable[[Any], bool]] = {
-    "kind": lambda value: isinstance(value, str),
-    "layer": lambda value: _count(value),
-    "experts": lambda value: isinstance(value, list) and all(map(_count, value)),
-    "figure": lambda value: value is None or _number(value),
-    "limit": lambda value: value is None or _number(value),
-    "what": lambda value: isinstance(value, str),
-    "advice": lambda value: isinstance(value, str),
-}
+
+
+class _Range(NamedTuple):
+    """Which numbers a row may hold."""
+
+    low: float
+    high: float
+    gaps: bool  # whether null is one of them
+
+
+_SHARE, _MASS = _Range(0, 1, gaps=False), _Range(0, 1, gaps=True)
+_NORM, _ANY = _Range(0, _MOST, gaps=True), _Range(-_MOST, _MOST, gaps=True)
 
 
 def check_router(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -23,26 +28,25 @@ def check_router(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
     Raises E301.
     """
-    loads = [record["load"] for record in records if "load" in record]
-    if not loads:
-        return
-    first = loads[0]
-    sound = isinstance(first, list) and first and isinstance(first[0], list) and first[0]
-    layers, experts = (len(first), len(first[0])) if sound else (0, 0)
-    form = f"{layers} rows of {experts}"
+    first: Any = next((record["load"] for record in records if "load" in record), None)
+    layers = len(first) if isinstance(first, list) else 0
+    experts = len(first[0]) if layers and isinstance(first[0], list) else 0
+    form = f"not {layers} rows of {experts} numbers"
     for record in records:
-        for name, of in (("load", _share), ("mass", _share_or_none), ("norms", _norm_or_none)):
-            fits = name not in record or _rows(record[name], layers, experts, of)
-            _demand(fits and experts > 0, file, record, name, f"is not {form} numbers")
-        if "load" in record:
-            _demand(_count(record.get("tokens")), file, record, "tokens", "is not a count")
-        per_layer, domains = record.get("layers", {}), record.get("domains", {})
-        fits = isinstance(per_layer, dict) and _rows(list(per_layer.values()), None, layers, _any)
-        _demand(fits, file, record, "layers", f"is not {layers} numbers for each name")
-        fits = isinstance(domains, dict) and all(
-            _rows(rows, layers, experts, _share) for rows in domains.values()
+        for name, allowed in (("load", _SHARE), ("mass", _MASS), ("norms", _NORM)):
+            fits = name not in record or _is_table(record[name], layers, experts, allowed)
+            _demand(fits and (first is None or experts > 0), file, record, name, form)
+        _demand("load" not in record or _count(record.get("tokens")), file, record, "tokens")
+        domains, per_layer = record.get("domains", {}), record.get("layers", {})
+        fits = isinstance(domains, dict) and (
+            first is None  # then nothing is told of them
+            or all(_is_table(rows, layers, experts, _SHARE) for rows in domains.values())
         )
-        _demand(fits, file, record, "domains", f"is not {form} shares for each domain")
+        _demand(fits, file, record, "domains", form)
+        fits = isinstance(per_layer, dict) and all(
+            _is_table([row], 1, layers, _ANY) for row in per_layer.values()
+        )
+        _demand(fits, file, record, "layers", f"not {layers} numbers each")
 
 
 def check_metrics(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -51,49 +55,53 @@ def check_metrics(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
     Raises E301.
     """
     for record in records:
-        moe, alarm = record.get("moe", {}), record.get("alarm")
-        fits = isinstance(moe, dict) and all(map(_any, moe.values()))
-        _demand(fits, file, record, "moe", "is not a number for each name")
-        if "alarm" in record:
-            fits = isinstance(alarm, dict) and _count(alarm.get("step", 0))
-            fits = fits and all(test(alarm.get(name)) for name, test in _ALARM.items())
-            _demand(fits, file, record, "alarm", f"is not an object of {', '.join(_ALARM)}")
-        fits = isinstance(record.get("cleared", {}), dict)
-        _demand(fits, file, record, "cleared", "is not an object of kind, layer")
+        moe = record.get("moe", {})
+        # old runs wrote NaN
+        fits = isinstance(moe, dict) and _is_row(finite(list(moe.values())), _ANY)
+        _demand(fits, file, record, "moe", "not a number each")
+        _demand("alarm" not in record or _is_alarm(record["alarm"]), file, record, "alarm")
+        _demand(isinstance(record.get("cleared", {}), dict), file, record, "cleared")
 
 
-def _demand(fits: bool, file: Path, record: Mapping[str, Any], name: str, why: str) -> None:
+def _demand(
+    fits: bool, file: Path, record: Mapping[str, Any], name: str, why: str = "not whole"
+) -> None:
     if not fits:
         what = f"{file}, step {record['step']}"
-        raise ExpertlyError("E301", what, f"{name} {why}", fix="take that line out")
+        raise ExpertlyError("E301", what, f"{name} is damaged ({why})", fix="take that line out")
 
 
-def _rows(value: Any, rows: int | None, columns: int, test: Callable[[Any], bool]) -> bool:
-    """Whether a value is so many rows of so many entries that pass a test; rows None: any."""
-    if not isinstance(value, list) or len(value) != (len(value) if rows is None else rows):
+def _is_alarm(value: Any) -> bool:
+    if not isinstance(value, dict):
         return False
-    return all(isinstance(r, list) and len(r) == columns and all(map(test, r)) for r in value)
+    experts = value.get("experts")
+    return (
+        all(isinstance(value.get(name), str) for name in ("kind", "what", "advice"))
+        and _count(value.get("layer"))
+        and _count(value.get("step", 0))
+        and isinstance(experts, list)
+        and all(map(_count, experts))
+        and _is_row([value.get("figure"), value.get("limit")], _ANY)
+    )
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= _MOST  # NaN is not
+def _is_table(value: Any, rows: int, columns: int, allowed: _Range) -> bool:
+    """Whether a value is so many rows of so many numbers."""
+    if not isinstance(value, list) or len(value) != rows:
+        return False
+    return all(isinstance(r, list) and len(r) == columns and _is_row(r, allowed) for r in value)
+
+
+def _is_row(row: list[Any], allowed: _Range) -> bool:
+    """Whether all of a row are numbers in a range; by built-ins, because long runs have many."""
+    known = [each for each in row if each is not None] if allowed.gaps else row
+    if not known:
+        return True
+    if not set(map(type, known)) <= {int, float}:  # True is neither
+        return False
+    within = allowed.low <= min(known) and max(known) <= allowed.high
+    return within and not math.isnan(sum(known))  # min and max may pass a NaN by
 
 
 def _count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _MOST
-
-
-def _any(value: Any) -> bool:
-    return value is None or _number(value) or value != value  # old runs wrote NaN
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 1
-
-
-def _share_or_none(value: Any) -> bool:
-    return value is None or _share(value)
-
-
-def _norm_or_none(value: Any) -> bool:
-    return value is None or (_number(value) and value >= 0)
