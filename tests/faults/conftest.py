@@ -1,4 +1,4 @@
-"""Folders to damage, and the command line, run in this process."""
+"""Folders to damage, runs to disturb, and the command line: in this process."""
 
 import json
 import shutil
@@ -6,10 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from runs import place
 from trials import LINE
 
 from expertly.__main__ import main
+from expertly.config import load
 from expertly.folders import MANIFEST
+from expertly.train import loop
+from expertly.train.config import TrainConfig
 
 
 @pytest.fixture
@@ -83,6 +88,36 @@ def refused(cli, tmp_path, monkeypatch):
         assert not (folder / "canary").exists(), "code of the folder ran"
 
     return check
+
+
+@pytest.fixture
+def run_config(tmp_path):
+    """run_config("name", *overrides) -> the config of a run in its own folder."""
+    return lambda name, *more: load(
+        TrainConfig, place().config, [f"output_dir={tmp_path / name}", *more]
+    )
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """faults("train.loss@5:nan", ...) orders them; without any there are none."""
+    return lambda *orders: monkeypatch.setenv("EXPERTLY_FAULT", ",".join(orders))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What every step did: (batch from 1, whether a weight moved, its Step)."""
+    real, seen = loop.train_step, []
+
+    def train_step(config, job, *rest):
+        before = [each.detach().clone() for each in job.model.parameters()]
+        done = real(config, job, *rest)
+        same = all(map(torch.equal, before, job.model.parameters()))
+        seen.append((job.batches.drawn // 4, not same, done))
+        return done
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    return seen
 
 
 def contents(folder):

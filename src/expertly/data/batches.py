@@ -84,8 +84,8 @@ class Batches(Iterator[Batch]):
         return {
             "seed": self._seed,
             "sequence_length": self._length,
+            "tokens": {each.domain: each.digest for _, each in sets},  # before what follows from them
             "shares": {each.domain: self._weights[index] for index, each in sets},
-            "tokens": {each.domain: each.digest for _, each in sets},
         }
 
     def _draw(self) -> tuple[int, np.ndarray]:

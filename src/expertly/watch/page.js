@@ -109,7 +109,7 @@ const READINGS = [
   ["effective_experts", "effective experts", v => fix(v, 1), "most of them", v => v >= R.experts / 2],
   ["max_load_ratio", "hottest expert", v => times(v) + " its share", "below 4x", v => roomy ? v < 4 : null],
   ["min_load_ratio", "coldest expert", v => times(v) + " its share", "above 0", unsaid],
-  ["dropped_frac", "dropped tokens", percent, "below 25%", v => v < 0.25],
+  ["dropped_frac", "dropped tokens", percent, "near 0%", v => v < 0.25],
 ];
 function summary() {
   for (const [name, words, show, healthy, good] of READINGS) {

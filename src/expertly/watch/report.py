@@ -12,7 +12,7 @@ _READINGS = (
     ("entropy_norm", "load entropy", "{:.3f}", "above 0.8"),
     ("effective_experts", "effective experts", "{:.1f}", "most of them"),
     ("max_load_ratio", "hottest expert", "{:.2f}x its share", "below 4x"),
-    ("dropped_frac", "dropped tokens", "{:.1%}", "below 25%"),
+    ("dropped_frac", "dropped tokens", "{:.1%}", "near 0%"),
 )
 
 
