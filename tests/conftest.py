@@ -12,7 +12,6 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
-
 def pytest_addoption(parser):
     parser.addoption("--stress", action="store_true", help="the full counts (make stress)")
 

@@ -84,7 +84,7 @@ class Batches(Iterator[Batch]):
         return {
             "seed": self._seed,
             "sequence_length": self._length,
-            "tokens": {each.domain: each.digest for _, each in sets},  # before what follows from them
+            "tokens": {each.domain: each.digest for _, each in sets},  # the cause first
             "shares": {each.domain: self._weights[index] for index, each in sets},
         }
 
