@@ -122,7 +122,7 @@ def test_a_domain_of_eval_sources_is_never_drawn_and_keeps_its_index():
     [
         pytest.param([token_set("a", 9)], {"seed": 1}, "seed", id="seed"),
         pytest.param([token_set("a", 9, start=1)], {}, "tokens", id="data"),
-        pytest.param([token_set("b", 9)], {}, "shares", id="domain"),
+        pytest.param([token_set("b", 9)], {}, "tokens", id="domain"),
     ],
 )
 def test_a_state_of_another_order_is_refused(sets, options, key):
