@@ -118,6 +118,11 @@ NAN = float("nan")
             {"num_attention_heads": 4, "num_key_value_heads": 3},
             "num_key_value_heads is 3, expected a divisor of 4 attention heads",
         ),
+        (
+            DEEPSEEK,
+            {"num_attention_heads": 4, "num_key_value_heads": 1, "kv_lora_rank": 8},
+            "num_key_value_heads is 1, expected 4: latent attention shares none",
+        ),
         (MIXTRAL, {"dtype": "int8"}, "dtype is 'int8', expected one of float64, float32"),
         (MIXTRAL, {"model_type": None}, "model_type is None, expected the name of a family"),
         (DEEPSEEK, {"n_group": 3}, "n_group is 3, expected groups of two or more of 8 experts"),

@@ -129,6 +129,8 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and shared and heads % shared:
         yield f"num_key_value_heads is {shared}, expected a divisor of {heads} attention heads"
+    if heads and shared and shared != heads and config.get("kv_lora_rank"):
+        yield f"num_key_value_heads is {shared}, expected {heads}: latent attention shares none"
 
 
 def _code(config: Mapping[str, Any]) -> Iterator[str]:
