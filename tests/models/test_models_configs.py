@@ -120,8 +120,13 @@ NAN = float("nan")
         ),
         (
             DEEPSEEK,
-            {"num_attention_heads": 4, "num_key_value_heads": 1, "kv_lora_rank": 8},
-            "num_key_value_heads is 1, expected 4: latent attention shares none",
+            {"num_attention_heads": 4, "num_key_value_heads": 1},
+            "num_key_value_heads is 1, expected 4 as num_attention_heads is",
+        ),
+        (
+            DEEPSEEK,
+            {"head_dim": 8, "qk_rope_head_dim": 4},
+            "head_dim is 8, expected 4 as qk_rope_head_dim is",
         ),
         (MIXTRAL, {"dtype": "int8"}, "dtype is 'int8', expected one of float64, float32"),
         (MIXTRAL, {"model_type": None}, "model_type is None, expected the name of a family"),

@@ -129,8 +129,19 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and shared and heads % shared:
         yield f"num_key_value_heads is {shared}, expected a divisor of {heads} attention heads"
-    if heads and shared and shared != heads and config.get("kv_lora_rank"):
-        yield f"num_key_value_heads is {shared}, expected {heads}: latent attention shares none"
+    if str(config["model_type"]).startswith("deepseek_v"):
+        yield from _latent_contradictions(config)
+
+
+def _latent_contradictions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes of DeepSeek's latent attention that are said twice, and differ."""
+    for key, other in (
+        ("num_key_value_heads", "num_attention_heads"),
+        ("head_dim", "qk_rope_head_dim"),
+    ):
+        said, meant = config.get(key), config.get(other)
+        if said and meant and said != meant:
+            yield f"{key} is {said}, expected {meant} as {other} is"
 
 
 def _code(config: Mapping[str, Any]) -> Iterator[str]:
