@@ -23,7 +23,7 @@ check:  ## every check, with the tools that are there
 stress: $(VENV)/dev  ## the heavy fault rows in full: kills, full disks, mutants; about an hour
 	{ echo 'count(sample, full): how many are tried by make test, and here'; \
 		grep -rno 'count([0-9_]*, [0-9_]*)' tests; echo; } > docs/stress.log
-	$(VENV)/bin/pytest --stress -q --no-header -rA --durations=0 tests/faults \
+	$(VENV)/bin/pytest --stress -q --no-header --disable-warnings -rA --durations=0 tests/faults \
 		tests/train/test_train_rebalance.py >> docs/stress.log; \
 		status=$$?; tail -3 docs/stress.log; exit $$status
 
