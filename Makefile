@@ -20,11 +20,11 @@ check:  ## every check, with the tools that are there
 	$(BIN)mypy
 	$(BIN)pytest
 
-stress: $(VENV)/dev  ## the heavy fault rows in full: kills, full disks, mutants; about an hour
+stress: $(VENV)/dev  ## the heavy fault rows in full: kills, full disks, mutants; some ten minutes
 	{ echo 'count(sample, full): how many are tried by make test, and here'; \
 		grep -rno 'count([0-9_]*, [0-9_]*)' tests; echo; } > docs/stress.log
-	$(VENV)/bin/pytest --stress -q --no-header --disable-warnings -rA --durations=0 tests/faults \
-		tests/train/test_train_rebalance.py >> docs/stress.log; \
+	$(VENV)/bin/pytest -o addopts=-q --stress --disable-warnings -rap --durations=0 \
+		tests/faults tests/train/test_train_rebalance.py >> docs/stress.log; \
 		status=$$?; tail -3 docs/stress.log; exit $$status
 
 gpu:  ## what needs a GPU, with the interpreter that is there and no network
