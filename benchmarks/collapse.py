@@ -173,7 +173,7 @@ def drive(asked: Run, overrides: Sequence[str], steps: int, on_collapse: str) ->
         except ExpertlyError as ended:
             error = ended.code
         loss = done.losses.cross_entropy
-        yield Seen(step + 1, done.counts, health.norms, loss, ledger.alarms, error)
+        yield Seen(step + 1, done.counts, health.alarms.norms, loss, ledger.alarms, error)
         if error:
             return
 

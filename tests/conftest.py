@@ -1,6 +1,7 @@
 """Tiny models of every family, and folders with them, for the tests that need a model at all."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """cli("inspect", folder) -> (exit code, stdout, stderr), in this process."""
+    from expertly.__main__ import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["expertly", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -12,26 +12,11 @@ import pytest
 import typer
 
 from expertly import __version__
-from expertly.__main__ import main
 from expertly.cli.app import app
 from expertly.cli.options import number, print_json, table
 
 VERBS = ("demo", "train", "watch", "compare", "generate", "inspect", "doctor")
 LINE = re.compile(r"expertly: error\[(E\d{3})\] [^\n]+: [^\n]+\. FIX: [^\n]+\n")
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """run("inspect", folder) -> (exit code, stdout, stderr), in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["expertly", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 def raising(monkeypatch, error):
@@ -51,15 +36,15 @@ def test_every_verb_is_tested_here():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_help_of_every_verb_has_an_example(verb, run):
-    code, out, err = run(verb, "--help")
+def test_the_help_of_every_verb_has_an_example(verb, cli):
+    code, out, err = cli(verb, "--help")
     assert (code, err) == (0, "")
     assert f"expertly {verb}" in out.split("Example:")[1]
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
-def test_help_lists_every_verb(arguments, run):
-    code, out, err = run(*arguments)
+def test_help_lists_every_verb(arguments, cli):
+    code, out, err = cli(*arguments)
     assert (code, err) == (0, "")
     assert all(verb in out for verb in VERBS)
 
@@ -104,10 +89,10 @@ def test_the_installed_command_and_the_module_are_the_same():
         pytest.param(["doctor", "extra"], "E208", 2, "extra", id="one word too many"),
     ],
 )
-def test_an_error_is_one_line_and_an_exit_code(arguments, code, status, said, run, tmp_path):
+def test_an_error_is_one_line_and_an_exit_code(arguments, code, status, said, cli, tmp_path):
     if arguments[0] == "demo":
         arguments = ["demo", "--folder", tmp_path, *arguments[1:]]
-    ended, out, err = run(*arguments)
+    ended, out, err = cli(*arguments)
     assert ended == status
     assert out == ""
     last = err.splitlines(keepends=True)[-1]
@@ -118,9 +103,9 @@ def test_an_error_is_one_line_and_an_exit_code(arguments, code, status, said, ru
         assert last == err
 
 
-def test_a_bug_is_one_line_with_a_report(run, monkeypatch):
+def test_a_bug_is_one_line_with_a_report(cli, monkeypatch):
     raising(monkeypatch, RuntimeError("two\nlines"))
-    code, out, err = run("doctor")
+    code, out, err = cli("doctor")
     assert (code, out) == (6, "")
     assert LINE.fullmatch(err)[1] == "E999"
     assert "RuntimeError: two lines" in err
@@ -130,29 +115,29 @@ def test_a_bug_is_one_line_with_a_report(run, monkeypatch):
     report.unlink()
 
 
-def test_a_bug_is_one_line_even_when_no_report_can_be_written(run, monkeypatch):
+def test_a_bug_is_one_line_even_when_no_report_can_be_written(cli, monkeypatch):
     raising(monkeypatch, ValueError(""))
     monkeypatch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(OSError("full")))
-    code, _, err = run("doctor")
+    code, _, err = cli("doctor")
     assert code == 6
     assert LINE.fullmatch(err)
     assert "--debug" in err
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_debug_shows_the_traceback_before_the_line(place, run):
+def test_debug_shows_the_traceback_before_the_line(place, cli):
     arguments = ["inspect", "/no"]
     arguments.insert(place, "--debug")
-    code, _, err = run(*arguments)
+    code, _, err = cli(*arguments)
     assert code == 3
     assert err.startswith("Traceback")
     assert LINE.fullmatch(err.splitlines(keepends=True)[-1])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), typer.Abort()])
-def test_ctrl_c_is_130(error, run, monkeypatch):
+def test_ctrl_c_is_130(error, cli, monkeypatch):
     raising(monkeypatch, error)
-    assert run("doctor") == (130, "", "expertly: stopped\n")
+    assert cli("doctor") == (130, "", "expertly: stopped\n")
 
 
 def test_a_reader_that_leaves_is_no_error(tiny_folder):
@@ -167,53 +152,53 @@ def test_a_reader_that_leaves_is_no_error(tiny_folder):
 # --- Results -----------------------------------------------------------------------------------
 
 
-def test_inspect_prints_a_page_or_json(tiny_folder, run):
+def test_inspect_prints_a_page_or_json(tiny_folder, cli):
     folder = tiny_folder("qwen3_moe")
-    code, out, err = run("inspect", folder, "--verify")
+    code, out, err = cli("inspect", folder, "--verify")
     assert (code, err) == (0, "")
     assert "8 in each of 2 layers, top 2" in out
     assert "sha256 checked" in out
-    said = json.loads(run("inspect", folder, "--json")[1])
+    said = json.loads(cli("inspect", folder, "--json")[1])
     assert (said["family"], said["experts"], said["verified"]) == ("qwen3_moe", 8, True)
     assert said["total"] == sum(said["parameters"].values())
 
 
-def test_inspect_finds_a_flipped_bit(tiny_folder, run, tmp_path):
+def test_inspect_finds_a_flipped_bit(tiny_folder, cli, tmp_path):
     folder = shutil.copytree(tiny_folder("mixtral"), tmp_path / "copy")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    assert run("inspect", folder)[0] == 0
-    code, _, err = run("inspect", folder, "--verify")
+    assert cli("inspect", folder)[0] == 0
+    code, _, err = cli("inspect", folder, "--verify")
     assert code == 3
     assert LINE.fullmatch(err)[1] == "E302"
 
 
-def test_generate_prints_text_or_json(tiny_folder, run):
+def test_generate_prints_text_or_json(tiny_folder, cli):
     settings = ["--prompt", "the cat", "--max-new-tokens", 5, "--seed", 3]
-    code, out, err = run("generate", tiny_folder("mixtral"), *settings)
+    code, out, err = cli("generate", tiny_folder("mixtral"), *settings)
     assert (code, err) == (0, "")
     assert out.startswith("the cat")
-    said = json.loads(run("generate", tiny_folder("mixtral"), *settings, "--json")[1])
+    said = json.loads(cli("generate", tiny_folder("mixtral"), *settings, "--json")[1])
     assert said["prompt"] + said["text"] == out[:-1]
     assert said["prompt_tokens"] > 0
-    code, out, _ = run("generate", tiny_folder("mixtral"), "--max-new-tokens", 3, "--top-p", 0)
+    code, out, _ = cli("generate", tiny_folder("mixtral"), "--max-new-tokens", 3, "--top-p", 0)
     assert code == 0
 
 
-def test_generate_without_a_tokenizer_is_one_line(tiny_model, run, tmp_path):
+def test_generate_without_a_tokenizer_is_one_line(tiny_model, cli, tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path)
-    code, out, err = run("generate", tmp_path)
+    code, out, err = cli("generate", tmp_path)
     assert (code, out) == (3, "")
     assert LINE.fullmatch(err.splitlines(keepends=True)[-1])[1] == "E307"
 
 
-def test_doctor_prints_a_page_or_json(run, monkeypatch):
+def test_doctor_prints_a_page_or_json(cli, monkeypatch):
     monkeypatch.setattr("expertly.bench.doctor._SIZE", 64)
-    code, out, err = run("doctor")
+    code, out, err = cli("doctor")
     assert (code, err) == (0, "")
     assert "GFLOP/s" in out
-    said = json.loads(run("doctor", "--json")[1])
+    said = json.loads(cli("doctor", "--json")[1])
     assert said["speeds"].keys() >= {"float32", "bfloat16"}
 
 

@@ -2,30 +2,22 @@
 
 import json
 import re
-import sys
+from functools import partial
 
 import pytest
 
-from expertly.__main__ import main
 from expertly.models.loading import save_model
 from expertly.watch.records import METRICS, ROUTER, append_json
 
 
 @pytest.fixture
-def watch(monkeypatch, capfd, tmp_path):
+def watch(cli, monkeypatch, tmp_path):
     """watch(target, ...) -> (exit code, stdout, stderr), in an empty folder."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["expertly", "watch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
+    return partial(cli, "watch")
 
 
 @pytest.fixture

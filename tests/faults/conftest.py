@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,25 +9,10 @@ import torch
 from runs import place
 from trials import LINE
 
-from expertly.__main__ import main
 from expertly.config import load
 from expertly.folders import MANIFEST
 from expertly.train import loop
 from expertly.train.config import TrainConfig
-
-
-@pytest.fixture
-def cli(monkeypatch, capfd):
-    """cli("inspect", folder) -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["expertly", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_models import Log
 
 from expertly.errors import ExpertlyError
 from expertly.train.checkpoint import Progress
@@ -15,19 +16,6 @@ from expertly.train.guard import GoBack, Guard, refuse
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
 GOOD = st.floats(0.01, 20) | st.sampled_from([1e200, 1.7e308])
-
-
-class Log:
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.lines, self.records = [], []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def metrics(self, record):
-        self.records.append(record)
 
 
 def at(step: int, drawn: dict | None) -> Progress:

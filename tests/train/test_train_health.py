@@ -4,25 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from train_models import Log
 
 from expertly.errors import ExpertlyError
 from expertly.train.health import Health
 from expertly.train.rebalance import Remedy
 from expertly.train.setup import prepare
 from expertly.watch.stats import LayerCounts
-
-
-class Log:
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.lines, self.records = [], []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def metrics(self, record):
-        self.records.append(record)
 
 
 @pytest.fixture
@@ -58,9 +46,11 @@ def test_every_tenth_step_is_looked_at(health):
             job.attachment.layers[0].experts.down_proj *= 1.01
         job.model(ids)
         watch.heed(step + 1, counts(EVEN), log)
-        if watch.norms is not None and (last is None or not torch.equal(watch.norms, last)):
+        if watch.alarms.norms is not None and (
+            last is None or not torch.equal(watch.alarms.norms, last)
+        ):
             measured.append(step + 1)
-            last = watch.norms
+            last = watch.alarms.norms
     assert measured == [10, 20]
     assert last.shape == (2, 4)
     assert log.lines == log.records == []
@@ -74,11 +64,11 @@ def test_a_look_in_a_refused_step_is_nobody_elses(health):
     watch.look(10)
     job.model(ids)
     watch.heed(11, counts(EVEN), log)
-    assert watch.norms is None
+    assert watch.alarms.norms is None
     watch.look(19)
     job.model(ids)
     watch.heed(20, counts(EVEN), log)
-    assert watch.norms is not None
+    assert watch.alarms.norms is not None
 
 
 def collapse(watch, log, steps=60):

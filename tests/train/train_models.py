@@ -1,4 +1,17 @@
-"""Overrides for the run of conftest.py's yaml_file."""
+"""What tests of training share: overrides for the run of conftest.py's yaml_file, a log."""
+
+
+class Log:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines, self.records = [], []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def metrics(self, record):
+        self.records.append(record)
 
 
 def latent_overrides() -> list[str]:

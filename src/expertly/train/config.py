@@ -122,6 +122,11 @@ class ScheduleConfig:
     bf16: bool = False  # autocast
     gradient_checkpointing: bool = False
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, over all its micro-batches."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that cannot be, as (leaf, why)."""
         for leaf in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):

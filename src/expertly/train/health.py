@@ -1,7 +1,5 @@
 """The routers' health while they learn: counts at each step, output norms now and then, alarms."""
 
-from torch import Tensor
-
 from expertly.errors import ExpertlyError
 from expertly.models.probe import OutputProbe
 from expertly.train.config import TrainConfig
@@ -30,12 +28,6 @@ class Health:
         policy, layers = job.attachment.policy, job.attachment.layers
         assert policy is not None, "a run's policy is always attached"
         self.alarms = Alarms(len(layers), layers[0].num_experts, policy.top_k)
-
-    @property
-    def norms(self) -> Tensor | None:
-        """The experts' last known output norms: (layers, experts), NaN where unknown."""
-        norms = self.alarms.state()["norms"]
-        return norms if norms.isfinite().any() else None
 
     def look(self, step: int) -> None:
         """Before the step after `step` others: have the experts' outputs measured in it, if due."""

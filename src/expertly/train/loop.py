@@ -135,7 +135,7 @@ def _loop(run: Run, at: Progress) -> TrainResult | GoBack:
         # Once in a while: report, evaluate, save; and always at the end.
         report_due = _due(at.step, config.log.logging_steps, last)
         if report_due:
-            write_step(log, at, window, done, run.health.norms if run.health else None)
+            write_step(log, at, window, done, run.health.alarms.norms if run.health else None)
             window = at
         log.advance(at.step, status(done, at), due=report_due)
         if _due(at.step, config.eval.eval_steps, last):
@@ -159,7 +159,7 @@ def _step(run: Run, at: Progress) -> tuple[Step, Progress, GoBack | None]:
     done = train_step(config, run.job, recorder, run.guard, at.step)
     after = Progress(
         step=at.step + 1,
-        tokens=at.tokens + _tokens_per_step(config),
+        tokens=at.tokens + config.schedule.rows_per_step * config.data.sequence_length,
         seconds=at.seconds + time.perf_counter() - started,
         data=run.job.batches.state(),
     )
@@ -244,8 +244,3 @@ def _held_out(run: Run) -> HeldOut:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
-
-
-def _tokens_per_step(config: TrainConfig) -> int:
-    rows = config.schedule.per_device_train_batch_size
-    return rows * config.schedule.gradient_accumulation_steps * config.data.sequence_length

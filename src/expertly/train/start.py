@@ -94,13 +94,9 @@ def _smaller(config: TrainConfig) -> str:
 def _refuse_changes(folder: Path, config: TrainConfig) -> None:
     """Raises E206 when a resumed run would no longer be the same run."""
     before = load(TrainConfig, folder / CONFIG)
-    free = _FREE + (_SPLIT if _rows_per_step(before) == _rows_per_step(config) else ())
+    same_rows = before.schedule.rows_per_step == config.schedule.rows_per_step
+    free = _FREE + (_SPLIT if same_rows else ())
     changed = [line for line in differences(before, config) if not line.startswith(free)]
     if changed:
         fix = "resume with the run's own config.yaml, or start a new run"
         raise ExpertlyError("E206", str(folder), "; ".join(changed), fix=fix)
-
-
-def _rows_per_step(config: TrainConfig) -> int:
-    schedule = config.schedule
-    return schedule.per_device_train_batch_size * schedule.gradient_accumulation_steps

@@ -39,7 +39,7 @@ def train_step(
     rate = lr_factor(step, config.schedule)
     set_learning_rate(job.optimizer, rate)
     size, device = config.schedule.gradient_accumulation_steps, job.model.device
-    number = 1 + job.batches.drawn // (size * config.schedule.per_device_train_batch_size)
+    number = 1 + job.batches.drawn // config.schedule.rows_per_step
     strike("train.step", number)
     batch = [to_micro(next(job.batches), device) for _ in range(size)]
     losses = accumulate(job.model, job.attachment, batch, config.router, recorder, job.autocast)

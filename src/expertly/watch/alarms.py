@@ -101,6 +101,12 @@ class Alarms:
         """The alarms that have begun and not ended, with their figures of now."""
         return [self._alarm(*where) for where in (self._state["began"] >= 0).nonzero().tolist()]
 
+    @property
+    def norms(self) -> Tensor | None:
+        """The last known output norms: (layers, experts), NaN where unknown; None before any."""
+        norms = self._state["norms"]
+        return norms.clone() if norms.isfinite().any() else None
+
     def reset(self, layers: list[int]) -> list[tuple[str, int]]:
         """Forget what was seen of some layers, because they were drawn anew.
 

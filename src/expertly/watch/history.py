@@ -115,10 +115,10 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Record
 
 def _model(config: Record, metrics: Sequence[Record], layers: int) -> dict[str, Any]:
     """Family, top_k and the layers' names, from the model's config; else from the records."""
-    if family_of(config) is None or len(moe_layer_indices(config)) != layers:
+    indices = moe_layer_indices(config) if family_of(config) else []
+    if len(indices) != layers:
         names = [f"layer {layer}" for layer in range(layers)]
         return {"family": "unknown", "top_k": _top_k(metrics), "names": names}
-    indices = moe_layer_indices(config)
     # all that a run writes counts its MoE layers from 0; say where they are if that differs
     names = [
         f"layer {layer}" + (f" (block {block})" if block != layer else "")
