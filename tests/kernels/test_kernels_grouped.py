@@ -22,7 +22,9 @@ def double(*shape):
 def test_the_order_groups_assignments_by_expert_and_keeps_token_order(tokens, top_k, experts, seed):
     chosen = random_experts(tokens, top_k, experts, seed)
     order = sort_by_expert(chosen, experts)
-    assert order.packed[order.slots].tolist() == list(range(tokens * top_k))
+    assert order.packed[order.slots].flatten().tolist() == list(range(tokens * top_k))
+    assert order.slots.shape == chosen.shape
+    assert order.tokens.tolist() == [slot // top_k for slot in order.packed.tolist()]
     packed = chosen.flatten()[order.packed].tolist()
     assert packed == sorted(packed)
     assert order.counts.tolist() == [packed.count(e) for e in range(experts)]
@@ -98,9 +100,36 @@ def test_the_routers_gradient_keeps_its_precision_under_bfloat16():
     weights = torch.rand(64, 2, requires_grad=True)
     (ours,) = torch.autograd.grad(combine(packed, weights, order), weights, grad)
     spread = grad.double().repeat_interleave(2, dim=0)[order.packed]
-    exact = (spread * packed.double()).sum(-1)[order.slots].view(64, 2)
+    exact = (spread * packed.double()).sum(-1)[order.slots]
     assert ours.dtype == torch.float32
     assert (ours - exact).norm() / exact.norm() < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_multiplies_few_numbers_of_rows(dtype, monkeypatch):
+    # oneDNN builds a kernel for each new one
+    torch.manual_seed(0)
+    shapes, mm = set(), torch.mm
+
+    def spy(a, b, **out):
+        shapes.update(a.shape + b.shape)
+        return mm(a, b, **out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    counts = torch.tensor([1, 0, 63, 64, 65, 7])
+    x, weight = torch.randn(200, 16), torch.randn(6, 32, 16) / 4
+    grad = torch.randn(200, 32)
+    results = []
+    for kind in (torch.float64, dtype):
+        shapes.clear()
+        inputs = [x.to(kind).requires_grad_(), weight.to(kind).requires_grad_()]
+        out = grouped_linear(*inputs, counts)
+        results.append([out, *torch.autograd.grad(out, inputs, grad.to(kind))])
+    assert shapes == {0, 16, 32, 64, 128}
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype == dtype and rounded.shape == exact.shape
+        assert (rounded.double() - exact).norm() / exact.norm() < 0.01
+    assert (results[1][2][1] == 0).all()
 
 
 def test_no_second_derivative_instead_of_a_wrong_one():

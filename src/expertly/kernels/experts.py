@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertly.kernels.gate import apply_gate
 from expertly.kernels.grouped import combine, dispatch, grouped_linear, sort_by_expert
 
 
@@ -26,7 +27,7 @@ def experts_forward(
     packed = dispatch(hidden_states.to(dtype), order)
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     inner = _linear(experts, up, packed, order.counts, dtype)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    inner = apply_gate(experts, inner) if experts.has_gate else experts.act_fn(inner)
     out = _linear(experts, "down_proj", inner, order.counts, dtype)
     if experts.has_post_expert_norm:
         out = experts.post_expert_norm(out)

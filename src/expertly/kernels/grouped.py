@@ -18,9 +18,9 @@ class Order(NamedTuple):
     """How assignments were sorted by expert."""
 
     packed: Tensor  # (assignments,), packed row -> flat (token, k) slot
-    slots: Tensor  # (assignments,), flat (token, k) slot -> packed row
+    tokens: Tensor  # (assignments,), packed row -> token
+    slots: Tensor  # (tokens, top_k), token's k-th choice -> packed row
     counts: Tensor  # (experts,), int64, rows of each expert
-    top_k: int
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> Order:
@@ -30,7 +30,7 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> Order:
     slots = torch.empty_like(packed)
     slots[packed] = torch.arange(len(packed), device=packed.device)
     counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-    return Order(packed, slots, counts, experts.shape[-1])
+    return Order(packed, packed // experts.shape[-1], slots.view_as(experts), counts)
 
 
 def dispatch(x: Tensor, order: Order) -> Tensor:
@@ -62,13 +62,12 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Order) -> Tensor:
         ctx.order = order
-        return x.index_select(0, order.packed // order.top_k)
+        return x.index_select(0, order.tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        per_token = grad.index_select(0, ctx.order.slots).unflatten(0, (-1, ctx.order.top_k))
-        return per_token.sum(dim=1), None
+        return F.embedding_bag(ctx.order.slots, grad, mode="sum"), None
 
 
 class _Combine(torch.autograd.Function):
@@ -76,19 +75,19 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, packed: Tensor, weights: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(packed, weights)
         ctx.order = order
-        per_token = packed.index_select(0, order.slots).unflatten(0, (-1, order.top_k))
-        return torch.bmm(weights.to(packed.dtype).unsqueeze(1), per_token).squeeze(1)
+        # gathers, weighs and adds in one pass
+        weights = weights.to(packed.dtype)
+        return F.embedding_bag(order.slots, packed, per_sample_weights=weights, mode="sum")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         packed, weights = ctx.saved_tensors
         order = ctx.order
-        spread = grad.index_select(0, order.packed // order.top_k)  # (assignments, dim)
+        spread = grad.index_select(0, order.tokens)  # (assignments, dim)
         packed_weights = weights.flatten()[order.packed].unsqueeze(-1)
         dots = (spread * packed).sum(dim=-1, dtype=weights.dtype)  # the router's is often wider
-        grad_weights = dots[order.slots].view_as(weights)
-        return spread.mul_(packed_weights.to(spread.dtype)), grad_weights, None
+        return spread.mul_(packed_weights.to(spread.dtype)), dots[order.slots], None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -99,7 +98,7 @@ class _GroupedLinear(torch.autograd.Function):
         out = x.new_empty(len(x), weight.shape[1])
         for expert, rows in enumerate(groups):
             if rows.start < rows.stop:
-                torch.mm(x[rows], weight[expert].T, out=out[rows])
+                _mm(x[rows], weight[expert].T, out[rows])
         return out
 
     @staticmethod
@@ -110,7 +109,24 @@ class _GroupedLinear(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for expert, rows in enumerate(ctx.groups):
             if grad_x is not None and rows.start < rows.stop:
-                torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+                _mm(grad[rows], weight[expert], grad_x[rows])
             if grad_weight is not None:  # an expert without rows gets zeros
-                torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
+                torch.mm(_even(grad[rows]).T, _even(x[rows]), out=grad_weight[expert])
         return grad_x, grad_weight, None
+
+
+def _mm(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """An expert's rows times a matrix, written into out."""
+    if rows.dtype.itemsize > 2:
+        torch.mm(rows, matrix, out=out)
+    else:
+        out.copy_(torch.mm(_even(rows), matrix)[: len(rows)])
+
+
+def _even(rows: Tensor) -> Tensor:
+    """In half precision rows of zeros at the end, up to a multiple of 64.
+
+    For each new shape oneDNN builds a kernel, which takes longer than the product itself, and an
+    expert has another number of rows at every step.
+    """
+    return rows if rows.dtype.itemsize > 2 else F.pad(rows, (0, 0, 0, -len(rows) % 64))
