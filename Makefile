@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := --quiet -c constraints.txt
+# the lowest transformers that pyproject.toml allows, in a virtual environment of its own
+FLOOR := .venv-floor
+LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # the tools of the virtual environment where there is one, else those on the PATH
 BIN := $(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/,)
 
-.PHONY: demo test check stress gpu clean
+.PHONY: demo test check stress floor gpu clean
 
 demo: $(VENV)/runtime  ## train a small MoE and its dense twin on real text, and compare them
 	$(VENV)/bin/expertly demo
@@ -27,17 +30,21 @@ stress: $(VENV)/dev  ## the heavy fault rows in full: kills, full disks, mutants
 		tests/faults tests/train/test_train_rebalance.py >> docs/stress.log; \
 		status=$$?; tail -3 docs/stress.log; exit $$status
 
+floor: $(FLOOR)/dev  ## the families with the lowest supported transformers
+	$(FLOOR)/bin/pytest tests/test_families.py tests/models/test_models_decorated.py
+
 gpu:  ## what needs a GPU, with the interpreter that is there and no network
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=src $(PYTHON) benchmarks/step_time.py schedule.bf16=true
+	PYTHONPATH=src $(PYTHON) benchmarks/step_cost.py --width 2048 model.hidden_size=512 schedule.bf16=true
+	PYTHONPATH=src $(PYTHON) benchmarks/speed_to_loss.py --gpu
 
 clean:  ## remove what make made; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-$(VENV)/bin/python:
+%/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "expertly needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/pip install $(PIP) -e .
@@ -45,4 +52,9 @@ $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/pip install $(PIP) -e '.[dev]'
+	touch $@
+
+$(FLOOR)/dev: pyproject.toml constraints.txt | $(FLOOR)/bin/python
+	sed '/^transformers==/d' constraints.txt > $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/pip install --quiet -c $(FLOOR)/constraints.txt -e '.[dev]' transformers==$(LOWEST)
 	touch $@

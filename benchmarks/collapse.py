@@ -227,7 +227,7 @@ def tell_healthy(asked: Run, steps: int) -> bool:
     norms = torch.stack([each.norms for each in seen if each.norms is not None])
     norms = norms / norms.nanmedian(dim=-1, keepdim=True).values
     dropped = 1 - counts.load.unfold(0, window, 1).sum((-1, -2)) / lasting.sum(-1)
-    certain = (counts.confidence / counts.tokens.unsqueeze(-1)).unfold(0, 16, 1).mean(-1)
+    certain = (counts.confidence / counts.tokens).unfold(0, 16, 1).mean(-1)
     raised = [f"{alarm['kind']}@{alarm['step']}" for each in seen for alarm in each.alarms]
     print(
         f"{asked.name:60} collapse {figures(seen, asked.top_k, 16).max():.2f} dead {share:.3f} "

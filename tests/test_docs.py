@@ -122,3 +122,10 @@ def test_the_tree_in_the_house_page_is_the_tree():
     page = (DOCS / "house.md").read_text()
     rooms = {path.parent.name for path in (ROOT / "src/expertly").glob("*/__init__.py")}
     assert set(re.findall(r"^  ([a-z]+)/ ", page, flags=re.M)) == rooms
+
+
+def test_the_house_page_names_every_file_of_floor_0():
+    page = (DOCS / "house.md").read_text()
+    files = {path.name for path in (ROOT / "src/expertly").glob("[a-z]*.py")}
+    said = {"family_*.py" if name.startswith("family_") else name for name in files}
+    assert all(name in page for name in said)

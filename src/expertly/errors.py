@@ -23,7 +23,7 @@ CODES = {
     "E303": "data source missing or empty",
     "E304": "data line unreadable",
     "E305": "not a model folder",
-    "E306": "model family unknown",
+    "E306": "model family unknown or refused",
     "E307": "no tokenizer",
     "E310": "pickle refused",
     "E311": "chat template refused",

@@ -1,37 +1,20 @@
-"""What differs between model families, as one table of plain data: a row per family, no code.
+"""What differs between model families, as plain data: the readers of the family table.
 
 A row says which config keys hold the sizes, which rule the family's router follows, and where it
 keeps its selection bias. Nothing is ever guessed from tensor sizes. Readers take the raw dict of
 a `config.json`, so planning needs no torch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError, nearest
+from expertly.family_row import Family
+from expertly.family_table import FAMILIES, REFUSED
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One MoE family of transformers."""
-
-    name: str  # config.json's model_type
-    dense: str  # model_type of the dense class of the same make: the twin
-    num_experts: tuple[str, ...]  # config keys that may hold it, the first is written
-    top_k: str = "num_experts_per_tok"
-    expert_width: str = "moe_intermediate_size"
-    shared_experts: str | None = None  # key: how many always-on experts, expert_width each
-    first_dense: str | None = None  # key: how many first layers are dense
-    sparse_step: str | None = None  # key: every how many layers one is an MoE layer, from 1
-    dense_layers: str | None = None  # key: the indices of further dense layers
-    router: str = "gate"  # the router's name inside the MoE block
-    rule: str = "softmax_topk"  # a name in expertly.moe.routing.ROUTERS
-    options: Mapping[str, str] = field(default_factory=dict)  # rule option -> config key
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # rule option -> what the code says
-    bias: str | None = None  # the selection bias, a dotted path inside the router module
-    # what released checkpoints say where a class default would not do for training from scratch
-    scratch: Mapping[str, Any] = field(default_factory=dict)
+# the words with which configs call a layer an MoE layer
+_MOE_WORDS = ("sparse", "moe", "E")
 
 
 class Sizes(NamedTuple):
@@ -41,120 +24,107 @@ class Sizes(NamedTuple):
     top_k: int
     expert_width: int
     shared_width: int  # of the always-on experts together
-    first_dense: int  # how many first layers are dense
-
-
-FAMILIES = {
-    row.name: row
-    for row in (
-        Family(
-            name="mixtral",
-            dense="mistral",
-            num_experts=("num_local_experts",),
-            expert_width="intermediate_size",
-            fixed={"renormalize": True},
-        ),
-        Family(
-            name="qwen3_moe",
-            dense="qwen3",
-            num_experts=("num_experts", "num_local_experts"),
-            sparse_step="decoder_sparse_step",
-            dense_layers="mlp_only_layers",
-            options={"renormalize": "norm_topk_prob"},
-            scratch={"norm_topk_prob": True},
-        ),
-        Family(
-            name="olmoe",
-            dense="olmo2",
-            num_experts=("num_experts",),
-            expert_width="intermediate_size",
-            options={"renormalize": "norm_topk_prob"},
-        ),
-        Family(
-            name="deepseek_v3",
-            dense="deepseek_v3",
-            num_experts=("n_routed_experts", "num_local_experts"),
-            shared_experts="n_shared_experts",
-            first_dense="first_k_dense_replace",
-            rule="biased_sigmoid_topk",
-            options={
-                "renormalize": "norm_topk_prob",
-                "num_groups": "n_group",
-                "topk_groups": "topk_group",
-                "scale": "routed_scaling_factor",
-            },
-            bias="e_score_correction_bias",
-            # no groups, no extra prediction modules: at small sizes both are only in the way
-            scratch={
-                "n_group": 1,
-                "topk_group": 1,
-                "first_k_dense_replace": 1,
-                "num_nextn_predict_layers": 0,
-            },
-        ),
-    )
-}
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The family's row, or None for a dense or unknown model_type."""
-    return FAMILIES.get(config.get("model_type", ""))
+    """The family's row, or None for a dense or unknown model_type, or a dense model of its name."""
+    row = FAMILIES.get(config.get("model_type", ""))
+    return None if row and row.may_be_dense and not _has_experts(config, row) else row
 
 
 def require_family(config: Mapping[str, Any]) -> Family:
-    """The family's row; E306 for a model_type that the table does not hold."""
+    """The family's row; E306 for a model_type that the table does not hold, or refuses."""
     name = str(config.get("model_type", ""))
+    if name in REFUSED:
+        raise ExpertlyError("E306", f"model_type {name!r}", REFUSED[name], fix="name another model")
     if name not in FAMILIES:
         why = "no row in the family table"
         raise ExpertlyError("E306", f"model_type {name!r}", why, fix=nearest(name, FAMILIES))
     return FAMILIES[name]
 
 
+def decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that the family's keys are in: all of it, or a composite's decoder."""
+    row = FAMILIES.get(config.get("model_type", ""))
+    for key in _path(row) if row else ():
+        inner = config.get(key)
+        config = inner if isinstance(inner, dict) else {}
+    return config
+
+
 def sizes(config: Mapping[str, Any]) -> Sizes:
     """The MoE sizes that a raw config dict states. Raises E306 for an unknown family, E305 for
     a config without them.
     """
-    row = require_family(config)
-    width = first_of(config, row.expert_width)
+    row, said = require_family(config), decoder(config)
+    width = first_of(said, row.expert_width)
+    shared = int(row.shared_width is not None)
+    if row.shared_experts:
+        shared = first_of(said, row.shared_experts, null=True) or 0
+    each = first_of(said, row.shared_width) if row.shared_width else width
     return Sizes(
-        num_experts=first_of(config, *row.num_experts),
-        top_k=first_of(config, row.top_k),
+        num_experts=first_of(said, *row.num_experts),
+        top_k=row.top_k if isinstance(row.top_k, int) else first_of(said, row.top_k),
         expert_width=width,
-        shared_width=width * (first_of(config, row.shared_experts) if row.shared_experts else 0),
-        first_dense=(first_of(config, row.first_dense) or 0) if row.first_dense else 0,
+        shared_width=each * shared,
     )
 
 
 def moe_layer_indices(config: Mapping[str, Any]) -> list[int]:
     """Which of the layers are MoE layers; the others are dense. Raises E305, E306 as sizes does."""
-    row, first = require_family(config), sizes(config).first_dense
-    # configs leave both out, or say null, for none
-    step = (config.get(row.sparse_step) if row.sparse_step else None) or 1
-    dense = (config.get(row.dense_layers) if row.dense_layers else None) or ()
-    layers = range(first, config["num_hidden_layers"])
-    return [layer for layer in layers if layer not in dense and (layer + 1) % step == 0]
+    row, config = require_family(config), decoder(config)
+    # configs leave any of it out, or say null, for none
+    said = {what: config[key] for what, key in row.layers.items() if config.get(key) is not None}
+    if words := said.get("types", said.get("pattern")):
+        return [layer for layer, word in enumerate(words) if word in _MOE_WORDS]
+    if "listed" in said:
+        return sorted(said["listed"])
+    total = first_of(config, "num_hidden_layers", "num_layers")
+    first, last, step = said.get("first", 0), said.get("last", -1), said.get("step", 1)
+    layers = range(first, total if last == -1 else min(last + 1, total))
+    offset = said.get("offset", step - 1)
+    dense = said.get("dense", ())
+    return [layer for layer in layers if layer % step == offset and layer not in dense]
 
 
-def rule_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the family's routing rule, as its config and code fix them."""
-    row = require_family(config)
-    said = {option: first_of(config, key) for option, key in row.options.items()}
-    return {**row.fixed, **said}
+def rule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the options of the family's routing rule, as its config and code fix them."""
+    row, config = require_family(config), decoder(config)
+    said = {option: first_of(config, key, null=True) for option, key in row.options.items()}
+    options = {**row.fixed, **said}
+    options.update(said_by_words(row, config))
+    rule = options.pop("rule", row.rule)
+    return rule, {option: value for option, value in options.items() if value is not None}
+
+
+def said_by_words(row: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and perhaps the rule, that a family's config says by words; E305 for others."""
+    said: dict[str, Any] = {}
+    for key, meanings in row.words.items():
+        word = config.get(key)
+        if word is None:  # the class default, then: what the row says
+            continue
+        if not isinstance(word, str | bool) or word not in meanings:
+            why = f"{key} is {repr(word)[:40]}, expected one of {', '.join(map(str, meanings))}"
+            raise ExpertlyError("E305", "config.json", why, fix=f"correct {key}")
+        said.update(meanings[word])
+    return said
 
 
 def stock_keys(
-    row: Family, rule: str, top_k: int, options: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """The config keys that say a routing rule in the family's own words; None if they cannot."""
-    sayable = {*row.fixed, *row.options}
-    if rule != row.rule or not set(options) <= sayable:
-        return None
-    if any(options.get(option, value) != value for option, value in row.fixed.items()):
-        return None
-    said = {
-        row.options[option]: value for option, value in options.items() if option in row.options
-    }
-    return {row.top_k: top_k, **said}
+    config: Mapping[str, Any], top_k: int, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What to write over a config so that it may say a rule: a set for each choice of its words.
+
+    options: of the rule, in full. What a set really says, rule_of tells.
+    """
+    row = require_family(config)
+    keys = {key: options[option] for option, key in row.options.items() if option in options}
+    for words in product(*row.words.values()):
+        made = {**keys, **dict(zip(row.words, words, strict=True))}
+        if isinstance(row.top_k, str):
+            made[row.top_k] = top_k
+        yield _nest(config, _path(row), made)
 
 
 def dense_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,20 +132,63 @@ def dense_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
     The keys are the MoE config's, with model_type and the feed-forward width replaced; a reader
     drops those that the dense class does not know. It is a twin only where the MoE's own dense
-    layers, if it has any, are as wide.
+    layers, if it has any, are as wide. Raises E202 for a family without a dense class.
     """
     row, moe = require_family(config), sizes(config)
+    if row.dense is None:
+        why = f"transformers has no dense class of {row.name}'s make"
+        raise ExpertlyError("E202", "model.twin", why, fix="choose a family that has one")
     twin = {**config, "model_type": row.dense}
-    twin["intermediate_size"] = moe.top_k * moe.expert_width + moe.shared_width
-    if row.first_dense and row.dense == row.name:
-        twin[row.first_dense] = config["num_hidden_layers"]
+    own = row.dense == row.name
+    twin[row.dense_width if own else "intermediate_size"] = active_width(moe)
+    if own:
+        layers = config["num_hidden_layers"]
+        none = {
+            "first": layers,
+            "dense": [*range(layers)],
+            "types": ["dense"] * layers,
+            "listed": [],
+        }
+        twin.update({key: none[what] for what, key in row.layers.items() if what in none})
     return twin
 
 
-def first_of(config: Mapping[str, Any], *keys: str) -> Any:
-    """The value of the first of several spellings that a config holds; E305 for none."""
+def active_width(moe: Sizes) -> int:
+    """How wide the experts together are that one token uses."""
+    return moe.top_k * moe.expert_width + moe.shared_width
+
+
+def first_of(config: Mapping[str, Any], *keys: str, null: bool = False) -> Any:
+    """The value of the first of several spellings that a config holds; E305 for none.
+
+    null: it may be null. A list with the same value for every layer is that value.
+    """
     for key in keys:
-        if key in config:
-            return config[key]
+        value = config.get(key)
+        if isinstance(value, list):
+            value = value[0] if value and value == value[:1] * len(value) else None
+        if value is not None or (null and key in config):
+            return value
     why = f"none of {', '.join(keys)} is there"
     raise ExpertlyError("E305", "config.json", why, fix="check that this is an MoE checkpoint")
+
+
+def _has_experts(config: Mapping[str, Any], row: Family) -> bool:
+    """Whether a config says more than one expert, and that some layer has them."""
+    said = decoder(config)
+    types = said.get(row.layers.get("types", ""))
+    some = not isinstance(types, list) or any(word in _MOE_WORDS for word in types)
+    counts = [said.get(key) for key in row.num_experts]
+    return some and any(count not in (None, 0, 1) for count in counts)
+
+
+def _path(row: Family) -> list[str]:
+    return row.nested.split(".") if row.nested else []
+
+
+def _nest(config: Mapping[str, Any], path: list[str], keys: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a decoder as keys of the whole config, with what stands beside them."""
+    if not path:
+        return keys
+    inner = config.get(path[0]) or {}
+    return {path[0]: {**inner, **_nest(inner, path[1:], keys)}}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expertly.errors import ExpertlyError
 from expertly.models.experts import EXPERTS, add_expert_dropout, register_experts
 from expertly.models.layers import moe_layers
 
@@ -46,6 +47,12 @@ def test_dropout_is_there_in_training_only(family, experts, tiny_model, tiny_ids
         for handle in handles:
             handle.remove()
         assert model(tiny_ids).logits.equal(plain)
+
+
+def test_dropout_that_no_hook_can_give_is_refused(tiny_model):
+    with pytest.raises(ExpertlyError, match="experts of gpt_oss compute") as refusal:
+        add_expert_dropout(tiny_model("gpt_oss", max_position_embeddings=4096), 0.5)
+    assert refusal.value.code == "E202"
 
 
 @pytest.mark.parametrize("experts", [EXPERTS, *STOCK])

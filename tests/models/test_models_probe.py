@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from expertly.families import FAMILIES
 from expertly.models.experts import add_expert_dropout, register_experts
 from expertly.models.layers import moe_layers
 from expertly.models.probe import OutputProbe, sample
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
 
 
 def by_hand(experts, x, expert):
@@ -36,7 +37,7 @@ def seen_by_experts(model, ids, **kwargs):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "expertly"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_norms_are_those_of_each_experts_own_tokens(family, implementation, tiny_model, tiny_ids):
     register_experts()
     model = tiny_model(family)

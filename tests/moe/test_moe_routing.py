@@ -10,16 +10,20 @@ from transformers import (
     DeepseekV3Config,
     Ernie4_5_MoeConfig,
     GptOssConfig,
+    Llama4TextConfig,
     MixtralConfig,
     OlmoeConfig,
+    PhimoeConfig,
     Qwen3MoeConfig,
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from expertly.moe.routing import (
@@ -32,8 +36,10 @@ from expertly.moe.routing import (
     gshard_top2,
     jitter,
     softmax_topk,
+    sparsemixer,
     switch_top1,
     tokens_per_expert,
+    topk_sigmoid,
     topk_softmax,
 )
 
@@ -89,6 +95,23 @@ def slow_topk_softmax(row, top_k, bias):
     return dict(zip(chosen, shares([row[i] for i in chosen]), strict=True))
 
 
+def slow_topk_sigmoid(row, top_k, bias):
+    return {i: sigmoids(row)[i] for i in best(row, top_k)}
+
+
+def slow_sparsemixer(row, top_k, bias, *, tolerance=0.01):
+    """Two rounds of: the best one, among those within 2 x tolerance of it, relative to the row."""
+    chosen, left = {}, set(range(len(row)))
+    for _ in range(2):
+        first = max(left, key=lambda i: row[i])
+        near = [
+            i for i in left if (row[first] - row[i]) / max(abs(row[i]), row[first]) <= 2 * tolerance
+        ]
+        chosen[first] = dict(zip(near, shares([row[i] for i in near]), strict=True))[first]
+        left.remove(first)
+    return chosen
+
+
 def slow_biased_sigmoid(
     row, top_k, bias, *, renormalize=True, num_groups=1, topk_groups=1, scale=1.0
 ):
@@ -116,6 +139,9 @@ RULES = [
         "softmax_topk", slow_softmax, 3, {**GROUPS, "renormalize": False, "scale": 16.0}, id="v2"
     ),
     pytest.param("topk_softmax", slow_topk_softmax, 4, {}, id="gpt-oss"),
+    pytest.param("topk_sigmoid", slow_topk_sigmoid, 2, {}, id="llama4"),
+    pytest.param("sparsemixer", slow_sparsemixer, 2, {}, id="phimoe"),
+    pytest.param("sparsemixer", slow_sparsemixer, 2, {"tolerance": 0.2}, id="near ties"),
     pytest.param("switch_top1", lambda *a: slow_softmax(*a, renormalize=False), 1, {}, id="switch"),
     pytest.param("gshard_top2", slow_softmax, 2, {}, id="gshard in evaluation"),
     pytest.param("biased_sigmoid_topk", slow_biased_sigmoid, 2, {}, id="no groups"),
@@ -297,6 +323,34 @@ def test_no_gradient_reaches_the_bias():
     routing = biased_sigmoid_topk(logits, 2, bias=bias)
     (routing.weights * torch.randn_like(routing.weights)).sum().backward()
     assert bias.grad is None and logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_phimoes_own_router_to_the_last_bit(seed):
+    torch.manual_seed(seed)
+    config = PhimoeConfig(hidden_size=16, num_local_experts=EXPERTS, router_jitter_noise=0.2)
+    router = PhimoeTopKRouter(config).eval()
+    logits, weights, experts = router(torch.randn(64, 16))
+    ours = sparsemixer(logits, 2, tolerance=0.2)
+    assert torch.equal(ours.experts, experts) and torch.equal(ours.weights, weights)
+    assert ((weights > 0) & (weights < 1)).any(), "ties, or that was not tried"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_llama4s_own_router_to_the_last_bit(seed):
+    torch.manual_seed(seed)
+    config = Llama4TextConfig(hidden_size=16, num_local_experts=EXPERTS, num_experts_per_tok=3)
+    scores, logits = Llama4Router(config)(torch.randn(64, 16))
+    ours = topk_sigmoid(logits, 3)
+    assert torch.equal(torch.zeros_like(scores).scatter(1, ours.experts, ours.weights), scores)
+
+
+def test_the_order_of_the_experts_changes_no_weight():
+    logits = random_logits(tokens=200)
+    one, other = (softmax_topk(logits, 3, ordered=ordered) for ordered in (True, False))
+    dense = [torch.zeros_like(logits).scatter(1, r.experts, r.weights) for r in (one, other)]
+    torch.testing.assert_close(*dense)
+    assert (one.weights.diff(dim=-1) <= 0).all()
 
 
 @pytest.mark.parametrize("topk_groups", [1, 2, 3, 4])

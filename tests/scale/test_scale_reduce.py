@@ -18,7 +18,7 @@ def counted(rows):
     valid = torch.ones(len(logits), dtype=torch.bool)
     recorder = Recorder("softmax_topk")
     decision = decide(POLICY, logits, valid, bias=None, training=True)
-    recorder.add([decision], Tokens(valid, valid.long()))
+    recorder.add([decision], [Tokens(valid, valid.long())])
     return recorder
 
 

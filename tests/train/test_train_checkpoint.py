@@ -26,6 +26,12 @@ MODELS = {
     "mixtral": ["model.family=mixtral", "model.extra={}"],
     "olmoe": ["model.family=olmoe", "model.extra={}", "model.num_key_value_heads=4"],
     "deepseek_v3": [*latent_overrides(), "router.bias_update_rate=0.01"],
+    # a router with its weight in a layer of its own; experts with biases; experts that take no list
+    # of the chosen; a selection bias beside the router
+    "hunyuan_v1_moe": ["model.family=hunyuan_v1_moe", "model.extra={}"],
+    "gpt_oss": ["model.family=gpt_oss", "model.extra={max_position_embeddings: 4096}"],
+    "llama4_text": ["model.family=llama4_text", "model.extra={interleave_moe_layer_step: 1}"],
+    "minimax_m2": ["model.family=minimax_m2", "model.extra={}", "router.bias_update_rate=0.01"],
     "its twin": [*latent_overrides(), "model.twin=true"],
 }
 

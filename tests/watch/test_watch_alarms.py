@@ -36,7 +36,7 @@ def step_counts(share=None, *, layer=1, seed=0, served=1.0, confidence=0.3, toke
     sure[layer] = confidence
     empty = torch.zeros(LAYERS, dtype=torch.float64)
     return LayerCounts(
-        load, chosen, load, sure * tokens, empty, chosen, torch.tensor(tokens).double()
+        load, chosen, load, sure * tokens, empty, chosen, torch.full_like(empty, tokens)
     )
 
 
@@ -202,7 +202,7 @@ def random_counts(num_experts, top_k, tokens, seed):
     chosen = torch.rand(tokens, num_experts, generator=generator).topk(top_k).indices
     load = chosen.flatten().bincount(minlength=num_experts).double().unsqueeze(0)
     none = torch.zeros(1, dtype=torch.float64)
-    return LayerCounts(load, load, load, none, none, load, torch.tensor(tokens).double())
+    return LayerCounts(load, load, load, none, none, load, none + tokens)
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (8, 2), (8, 4), (4, 2), (2, 1)])
@@ -222,7 +222,7 @@ def test_a_collapse_is_told_from_24_assignments_per_expert_on(tokens, found):
     one = torch.zeros(1, EXPERTS, dtype=torch.float64)
     one[0, :TOP_K] = tokens
     none = torch.zeros(1, dtype=torch.float64)
-    counts = LayerCounts(one, one, one, none, none, one, torch.tensor(tokens).double())
+    counts = LayerCounts(one, one, one, none, none, one, none + tokens)
     raised = Alarms(1, EXPERTS, TOP_K, window=1).add(1, counts).raised
     assert [alarm.kind for alarm in raised] == found
 
@@ -278,7 +278,7 @@ def test_a_sentence_names_a_few_of_many_experts():
     alarms = Alarms(1, 20, 2, window=1)
     chosen = torch.tensor([[100.0] * 11 + [0.0] * 9], dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)
-    counts = LayerCounts(chosen, chosen, chosen, one, one, chosen, torch.tensor(550.0).double())
+    counts = LayerCounts(chosen, chosen, chosen, one, one, chosen, 0 * one + 550.0)
     (alarm,) = [each for each in alarms.add(0, counts).raised if each.kind == "dead"]
     assert len(alarm.experts) == 9
     assert alarm.what.startswith("layer 0, experts 11, 12, 13, 14, 15, 16, 17, 18 and 1 more: ")

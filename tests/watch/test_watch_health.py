@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from expertly.errors import ExpertlyError
-from expertly.families import FAMILIES
 from expertly.models.attach import attach
 from expertly.models.experts import register_experts
 from expertly.models.layers import moe_layers
@@ -35,7 +34,7 @@ def one_hot(model, layer, expert):
     router.weight.data[expert] = 5.0
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_it_counts_every_forward_without_padding(family, tiny_model, tiny_ids):
     model = tiny_model(family)
     mask = torch.ones_like(tiny_ids)
@@ -43,14 +42,14 @@ def test_it_counts_every_forward_without_padding(family, tiny_model, tiny_ids):
     with attach(model) as attachment, torch.no_grad():
         model(tiny_ids, attention_mask=mask)
         rule = attachment.rule
-        expected = count_decisions(attachment.decisions, attachment.tokens, rule)
+        expected = count_decisions(attachment.decisions, attachment.tokens_by_layer, rule)
     before = hooks(model)
     with Watch(model) as health, torch.no_grad():
         for _ in range(2):
             model(tiny_ids, attention_mask=mask)
         watched = health.read()
     assert hooks(model) == before
-    assert health.counts.tokens == 2 * (24 - 5)
+    assert health.counts.tokens.eq(2 * (24 - 5)).all()
     for found, once in zip(health.counts, expected, strict=True):
         torch.testing.assert_close(found, 2 * once)
     assert health.norms.shape == health.counts.load.shape and (health.norms > 0).any()
@@ -67,7 +66,7 @@ def trained(model, ids, watched):
         with health:
             model(ids, labels=ids).loss.backward()
             health.read()
-        assert health.counts.tokens == ids.numel(), "recomputation is not counted"
+        assert health.counts.tokens.eq(ids.numel()).all(), "recomputation is not counted"
     else:
         model(ids, labels=ids).loss.backward()
     return [p.grad for p in model.parameters()], torch.get_rng_state()
@@ -120,7 +119,7 @@ def test_reads_over_ranks_are_judged_together(tiny_model, tiny_ids):
     with Watch(tiny_model("olmoe")) as single, torch.no_grad():
         single._model(tiny_ids)
         single.read()
-    assert health.counts.tokens == 48 and calls == [1, 7, 2], "a flag, the counts, the norms"
+    assert health.counts.tokens.eq(48).all() and calls == [1, 7, 2], "a flag, the counts, the norms"
     torch.testing.assert_close(alone, single.norms, equal_nan=True)
 
 
@@ -163,7 +162,7 @@ def on_rank(rank, file, results, model, ids):
                     watched(ids)
                 try:
                     health.read()
-                    said.append(str(int(health.counts.tokens)))
+                    said.append(str(int(health.counts.tokens[0])))
                 except ExpertlyError as error:
                     said.append(str(error))
         torch.save([said, health.norms], f"{results}{rank}")

@@ -25,13 +25,13 @@ def batch(policy=POLICY, pad=0, rows=slice(None), training=True):
         decide(policy, layer[rows].requires_grad_(), valid, bias=bias, training=training)
         for layer in logits
     ]
-    return decisions, tokens
+    return decisions, [tokens] * LAYERS
 
 
 def test_counts_are_those_made_by_hand():
     decisions, tokens = batch(pad=5)
     counts = count_decisions(decisions, tokens, "softmax_topk")
-    assert counts.tokens == TOKENS - 5
+    assert counts.tokens.tolist() == [TOKENS - 5] * LAYERS
     assert all(values.dtype == torch.float64 and not values.requires_grad for values in counts)
     for index, decision in enumerate(decisions):
         load, mass = torch.zeros(EXPERTS), torch.zeros(EXPERTS)
@@ -96,10 +96,10 @@ def test_the_losses_reported_are_the_losses_trained_on(name, capacity_factor):
     aux, z = [], []
     for decision in decisions:
         chosen = decision.chosen
-        share = balance_counts(chosen, tokens.valid) / totals.tokens
+        share = balance_counts(chosen, tokens[0].valid) / totals.tokens
         probs = probabilities(chosen.logits, name)
-        aux.append(load_balancing_loss(probs, tokens.valid, share, totals).item())
-        z.append(z_loss(chosen.logits, tokens.valid, totals).item())
+        aux.append(load_balancing_loss(probs, tokens[0].valid, share, totals).item())
+        z.append(z_loss(chosen.logits, tokens[0].valid, totals).item())
     assert stats["aux_loss"] == pytest.approx(sum(aux) / LAYERS)
     assert stats["z_loss"] == pytest.approx(sum(z) / LAYERS)
 
@@ -109,7 +109,7 @@ def test_an_empty_micro_batch_adds_nothing():
     recorder.add(*batch())
     recorder.add(*batch(rows=slice(0, 0)))
     both = recorder.read()
-    assert isinstance(both, LayerCounts) and both.tokens == TOKENS
+    assert isinstance(both, LayerCounts) and both.tokens.tolist() == [TOKENS] * LAYERS
 
 
 def test_a_read_over_ranks_is_their_sum():

@@ -18,7 +18,7 @@ def test_a_record_holds_load_mass_and_what_else_is_per_layer():
     load = torch.tensor([[2.0, 6.0]], dtype=torch.float64)
     chosen = torch.tensor([[2.0, 8.0]], dtype=torch.float64)
     one = torch.tensor([4.0], dtype=torch.float64)
-    counts = LayerCounts(load, chosen, load[:, [1, 0]], one, one, load, torch.tensor(8.0).double())
+    counts = LayerCounts(load, chosen, load[:, [1, 0]], one, one, load, 0 * one + 8.0)
     said = snapshot(counts, torch.tensor([[1.5, float("nan")]]))
     assert said["load"] == [[0.25, 0.75]]
     assert said["mass"] == [[0.75, 0.25]]

@@ -28,7 +28,13 @@ def counts_of(load, *, tokens=None, chosen=None, mass=None, probs=None, confiden
     probs = load if probs is None else torch.tensor(probs, dtype=torch.float64)
     per_layer = torch.ones(len(load), dtype=torch.float64)
     return LayerCounts(
-        load, chosen, mass, per_layer * confidence, per_layer * log_z, probs, tokens.double()
+        load,
+        chosen,
+        mass,
+        per_layer * confidence,
+        per_layer * log_z,
+        probs,
+        per_layer * tokens,
     )
 
 

@@ -1,10 +1,11 @@
 """Attach a routing policy to a model by hooks, see what it decides, and detach without a trace.
 
-The hook on a router recomputes its logits in float32, asks the policy, and returns the triple
-(logits, weights, experts) that the block expects. Decisions are kept while the model's forward
-runs only: a checkpointed forward that is run again during backward decides the same, unrecorded.
+The hook on a router recomputes its logits in float32, asks the policy, and returns what the block
+expects, mostly (logits, weights, experts). Decisions are kept while the model's forward runs only:
+a checkpointed forward that is run again during backward decides the same, unrecorded.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -13,22 +14,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from expertly.errors import ExpertlyError
 from expertly.families import require_family
+from expertly.models.answers import ANSWERS
 from expertly.models.layers import (
+    LOGITS,
+    MoeLayer,
     cast_bias,
     moe_layers,
     own_policy,
-    router_logits,
+    router_device,
     selection_bias,
 )
 from expertly.moe.policy import Decision, Policy, check_policy, decide
-from expertly.moe.routing import ROUTERS, Routing, Tokens, jitter
+from expertly.moe.routing import ROUTERS, Tokens, jitter
 
 
 class Attachment:
     """A policy at work on a model, and what it decided in the latest forward.
 
-    tokens: which of the flat tokens are valid, and their sequences. decisions: one per MoE layer.
+    tokens: which of the flat tokens are valid, and their sequences; tokens_by_layer: of those that
+    each MoE layer sees, which differ in a decoder behind an encoder. decisions: one per MoE layer.
     rule: the name of the routing rule that decides. One that only looks tells of the policy at
     work. Use it as a context manager, or call detach().
     """
@@ -40,10 +46,12 @@ class Attachment:
         self._own_rule = own_policy(config).router
         self.rule = self._rule_on(model)
         self.tokens: Tokens | None = None
-        self._mask: Tensor | None = None  # of valid tokens, while a forward may use it
+        self.tokens_by_layer: list[Tokens] = []
+        self._masks: list[Tensor] = []  # of valid tokens per layer, while a forward may use them
         self._decisions: list[Decision | None] = [None] * len(self.layers)
         self._recording = False
-        self._bias_name = require_family(config).bias
+        row = require_family(config)
+        self._bias_name, self._logits, self._answer = row.bias, row.logits, row.answer
         self._bias_dtypes: list[torch.dtype] = []  # of the family's own, before this one
         self._bias = self._first_bias()
         self._handles = [
@@ -78,8 +86,8 @@ class Attachment:
             return [None] * len(self.layers)
         # looked up every time, because model.to() puts other tensors in the place of buffers
         if self._bias_name is not None:
-            return [selection_bias(layer.router, self._bias_name) for layer in self.layers]
-        devices = [layer.router.weight.device for layer in self.layers]
+            return [selection_bias(layer.block, self._bias_name) for layer in self.layers]
+        devices = [router_device(layer.router) for layer in self.layers]
         self._bias = [b.to(device) for b, device in zip(self._bias, devices, strict=True)]
         return self._bias
 
@@ -98,9 +106,9 @@ class Attachment:
             handle.remove()
         for layer, dtype in zip(self.layers, self._bias_dtypes, strict=False):
             assert self._bias_name is not None
-            bias = selection_bias(layer.router, self._bias_name)
+            bias = selection_bias(layer.block, self._bias_name)
             if bias.dtype == torch.float32 and bias.to(dtype).float().equal(bias):
-                cast_bias(layer.router, self._bias_name, dtype)
+                cast_bias(layer.block, self._bias_name, dtype)
 
     def __enter__(self) -> "Attachment":
         return self
@@ -114,8 +122,9 @@ class Attachment:
         self.detach()
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.tokens = tokens_of(*args, **kwargs)
-        self._mask = self.tokens.valid
+        self.tokens_by_layer = tokens_by_layer(model, self.layers, args, kwargs)
+        self.tokens = self.tokens_by_layer[0]
+        self._masks = [tokens.valid for tokens in self.tokens_by_layer]
         self.rule = self._rule_on(model)
         self._decisions = [None] * len(self.layers)
         self._recording = True
@@ -123,7 +132,7 @@ class Attachment:
     def _close(self, model: nn.Module, args: tuple, output: object) -> None:
         self._recording = False
         if not torch.is_grad_enabled():  # with gradients, backward may run a checkpoint again
-            self._mask = None
+            self._masks = []
         at_work = attached(model)
         if self.policy is None and at_work is not None:
             # only its own decisions say what capacity dropped, a router's output does not
@@ -137,41 +146,47 @@ class Attachment:
 
     def _route(
         self, index: int, router: nn.Module, args: tuple, output: tuple
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...] | None:
         decision = self._decide(index, router, args[0], output)
         if self._recording:
             self._decisions[index] = decision
-        return decision.served[:3]
+        if self.policy is None:
+            return None
+        return ANSWERS[self._answer].write(router, output, decision.served)
 
     def _first_bias(self) -> list[Tensor]:
         """Where each layer's bias begins: the family's tensor in float32, or zeros of our own."""
         if self.policy is None or not ROUTERS[self.policy.router].biased:
             return []
         if self._bias_name is None:
-            weights = [layer.router.weight for layer in self.layers]
-            return [torch.zeros(len(weight), device=weight.device) for weight in weights]
+            return [
+                torch.zeros(layer.num_experts, device=router_device(layer.router))
+                for layer in self.layers
+            ]
         for layer in self.layers:  # steps of 0.001 would vanish in bfloat16
-            self._bias_dtypes.append(selection_bias(layer.router, self._bias_name).dtype)
-            cast_bias(layer.router, self._bias_name, torch.float32)
-        return [selection_bias(layer.router, self._bias_name) for layer in self.layers]
+            self._bias_dtypes.append(selection_bias(layer.block, self._bias_name).dtype)
+            cast_bias(layer.block, self._bias_name, torch.float32)
+        return [selection_bias(layer.block, self._bias_name) for layer in self.layers]
 
     def _decide(self, index: int, router: nn.Module, x: Tensor, output: tuple) -> Decision:
+        answer = ANSWERS[self._answer]
         if self.policy is None:
-            routing = Routing(*output)
+            routing = answer.read(router, output)
             return Decision(routing, routing)
         x = x.reshape(-1, x.shape[-1])
-        if self._mask is None or len(self._mask) != len(x):
+        if not self._masks or len(self._masks[index]) != len(x):
             raise ValueError("the attached policy needs the mask: call the model, not a part of it")
         with torch.autocast(x.device.type, enabled=False):
             if router.training and self.policy.jitter:
                 x = jitter(x, self.policy.jitter)
-            return decide(
+            decision = decide(
                 self.policy,
-                router_logits(router, x),
-                self._mask,
+                LOGITS[self._logits](router, x),
+                self._masks[index],
                 bias=self.bias[index],
                 training=router.training,
             )
+            return decision._replace(served=answer.limit(router, output, decision.served))
 
 
 def attach(model: PreTrainedModel, policy: Policy | None = None) -> Attachment:
@@ -182,7 +197,16 @@ def attach(model: PreTrainedModel, policy: Policy | None = None) -> Attachment:
     """
     if policy is not None:
         check_policy(policy, moe_layers(model)[0].num_experts)
+        _require_own(model.config.to_dict(), policy)
     return Attachment(model, policy)
+
+
+def _require_own(config: Mapping[str, Any], policy: Policy) -> None:
+    """Raises E204 for a family that can follow no rule but its own, and a policy with another."""
+    row, own = require_family(config), own_policy(config)
+    if row.only_own is not None and policy.at_inference() != own.at_inference():
+        fix = f"choose {own.router}; capacity and jitter are free"
+        raise ExpertlyError("E204", f"router {policy.router} on {row.name}", row.only_own, fix=fix)
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -190,6 +214,17 @@ def attached(model: nn.Module) -> Attachment | None:
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     found = [each for each in owners if isinstance(each, Attachment) and each.policy is not None]
     return found[-1] if found else None
+
+
+def tokens_by_layer(
+    model: Any, layers: Sequence[MoeLayer], args: tuple, kwargs: Mapping[str, Any]
+) -> list[Tokens]:
+    """What tokens_of says, for each MoE layer: an encoder and its decoder see different tokens."""
+    tokens = tokens_of(*args, **kwargs)
+    if not model.config.is_encoder_decoder:
+        return [tokens] * len(layers)
+    inner = decoder_tokens_of(**kwargs)
+    return [inner if layer.name.startswith("decoder.") else tokens for layer in layers]
 
 
 def tokens_of(
@@ -216,3 +251,14 @@ def tokens_of(
         starts = position_ids == 0
     starts[:, 0] = True
     return Tokens(valid.flatten(), starts.flatten().cumsum(0) - 1)
+
+
+def decoder_tokens_of(
+    decoder_input_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    **__: object,
+) -> Tokens:
+    """What tokens_of says, of the tokens in an encoder-decoder's decoder; labels, where no ids."""
+    like = labels if decoder_input_ids is None else decoder_input_ids
+    return tokens_of(like, decoder_attention_mask)

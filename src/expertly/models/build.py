@@ -4,12 +4,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from expertly.errors import ExpertlyError, nearest
-from expertly.families import FAMILIES, dense_keys, moe_layer_indices, sizes
+from expertly.families import FAMILIES, REFUSED, active_width, dense_keys, moe_layer_indices, sizes
 from expertly.models.experts import register_experts
 
 _POSITIVE = (
@@ -33,9 +40,7 @@ def model_config(family: str, given: Mapping[str, Any]) -> PretrainedConfig:
     to the family's own keys; every other key is the config's. Raises E306 for an unknown family,
     E202 for a size that it does not have or refuses.
     """
-    if family not in CONFIG_MAPPING:
-        raise ExpertlyError("E306", f"family {family!r}", "unknown", fix=nearest(family, FAMILIES))
-    known = AutoConfig.for_model(family).to_dict()
+    known = _known(family)
     # the ids of the family's own tokenizer mean nothing to another
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     nothing = dict.fromkeys(name for name in ids if name in known)
@@ -46,7 +51,7 @@ def model_config(family: str, given: Mapping[str, Any]) -> PretrainedConfig:
     if unknown:
         fix = nearest(unknown[0], known)
         raise ExpertlyError("E202", f"model.{unknown[0]}", f"{family} has no such size", fix=fix)
-    if "kv_lora_rank" in known:  # latent attention: a key per head, whatever the default says
+    if known.get("kv_lora_rank"):  # latent attention: a key per head, whatever the default says
         heads = keys.get("num_attention_heads", known["num_attention_heads"])
         keys.setdefault("num_key_value_heads", heads)
     try:
@@ -54,12 +59,13 @@ def model_config(family: str, given: Mapping[str, Any]) -> PretrainedConfig:
     except (TypeError, ValueError, StrictDataclassError) as error:
         why = " ".join(str(error).split())
         raise ExpertlyError("E202", f"model.{family}", why, fix="correct this size") from error
-    if row and "intermediate_size" not in {*keys, row.expert_width}:
+    if row and row.dense_width in known and row.dense_width not in {*keys, row.expert_width}:
         # of the dense layers, where a family has some: as wide as the others
-        moe = sizes(config.to_dict())
-        config.intermediate_size = moe.top_k * moe.expert_width + moe.shared_width
+        setattr(config, row.dense_width, active_width(sizes(config.to_dict())))
     for key, why in _problems(config.to_dict()):
         raise ExpertlyError("E202", f"model.{key}", why, fix=f"correct {key}")
+    if getattr(config, "head_dim", 0) is None:  # not every class derives it
+        config.head_dim = config.hidden_size // config.num_attention_heads
     return config
 
 
@@ -67,13 +73,13 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     """The dense twin of an MoE config: its family's dense class, all else equal.
 
     Its feed-forward is as wide as the experts that one token uses, so active parameters agree but
-    for the router. Raises E202 for an MoE with dense layers of another width, E306 for an unknown
-    family.
+    for the router. Raises E202 for an MoE with dense layers of another width, or without a dense
+    class of its make, E306 for an unknown family.
     """
     raw = config.to_dict()
-    _require_one_width(raw)
     raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     keys = dense_keys(raw)
+    _require_one_width(raw)
     known = AutoConfig.for_model(keys["model_type"]).to_dict()
     kept = {key: value for key, value in keys.items() if key in known and key != "model_type"}
     for stale in ("architectures", "transformers_version"):
@@ -84,17 +90,38 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
 def build_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model with random weights, in float32; its experts run on our experts function."""
     kind = {"experts_implementation": register_experts()} if config.model_type in FAMILIES else {}
-    return AutoModelForCausalLM.from_config(config, **kind)
+    return auto_class(config).from_config(config, **kind)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """What makes a model of a config: of a composite MoE the whole, not its decoder alone."""
+    whole = config.model_type in FAMILIES and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return AutoModelForMultimodalLM if whole else AutoModelForCausalLM
+
+
+def _known(family: str) -> dict[str, Any]:
+    """A family's config as its class makes it. Raises E306 for one that cannot be built here."""
+    row = FAMILIES.get(family)
+    why = REFUSED.get(family) if family in CONFIG_MAPPING else "unknown"
+    if row and row.nested:
+        why = "a composite of several models, which can be opened but not built from sizes"
+    if why is None:
+        known = AutoConfig.for_model(family).to_dict()
+        if not known.get("is_encoder_decoder"):
+            return known
+        why = "an encoder-decoder, which can be watched but not trained here"
+    raise ExpertlyError("E306", f"family {family!r}", why, fix=nearest(family, FAMILIES))
 
 
 def _require_one_width(raw: Mapping[str, Any]) -> None:
     """Raises E202 when a token meets feed-forwards of two widths: a twin has a single one."""
-    there, wanted = raw.get("intermediate_size"), dense_keys(raw)["intermediate_size"]
+    width = FAMILIES[raw["model_type"]].dense_width
+    there, wanted = raw.get(width), active_width(sizes(raw))
     if len(moe_layer_indices(raw)) == raw["num_hidden_layers"] or there == wanted:
         return
     why = f"{there} in the dense layers, but a token uses {wanted} in the MoE layers, so no dense"
-    fix = f"set intermediate_size={wanted}"
-    raise ExpertlyError("E202", "model.intermediate_size", f"{why} twin is equal", fix=fix)
+    fix = f"set {width}={wanted}"
+    raise ExpertlyError("E202", f"model.{width}", f"{why} twin is equal", fix=fix)
 
 
 def _translate(family: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +129,8 @@ def _translate(family: str, given: dict[str, Any]) -> dict[str, Any]:
     if family not in FAMILIES:
         return given
     row = FAMILIES[family]
-    own = (row.num_experts[0], row.top_k, row.expert_width, row.shared_experts)
+    top_k = row.top_k if isinstance(row.top_k, str) else None
+    own = (row.num_experts[0], top_k, row.expert_width, row.shared_experts)
     for size, key in zip(_MOE_SIZES, own, strict=True):
         if key is None or size not in given:
             continue
@@ -110,6 +138,10 @@ def _translate(family: str, given: dict[str, Any]) -> dict[str, Any]:
         if given.setdefault(key, value) != value:
             why = f"{value}, but {key} says {given[key]}, which is the same in {family}"
             raise ExpertlyError("E202", f"model.{size}", why, fix=f"leave out {key}")
+    width = given.get(row.expert_width)
+    if row.shared_width not in (None, row.expert_width) and not row.shared_experts and width:
+        # always-on experts in one: as wide as so many of the others
+        given.setdefault(row.shared_width, given.pop("num_shared_experts", 1) * width)
     return {**row.scratch, **given}
 
 
@@ -119,8 +151,8 @@ def _problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if row := FAMILIES.get(config["model_type"]):
         moe = sizes(config)
         if not 1 <= moe.top_k <= moe.num_experts:
-            yield row.top_k, f"{moe.top_k}, but there are {moe.num_experts} experts"
-        for key in filter(None, (row.expert_width, row.sparse_step)):
+            yield str(row.top_k), f"{moe.top_k}, but there are {moe.num_experts} experts"
+        for key in filter(None, (row.expert_width, row.layers.get("step"))):
             if config[key] < 1:
                 yield key, f"{config[key]}, but {least}"
     for key in _POSITIVE:
@@ -136,7 +168,7 @@ def _head_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not heads:
         return
     of_keys = config.get("num_key_value_heads") or heads
-    if "kv_lora_rank" in config and of_keys != heads:
+    if config.get("kv_lora_rank") and of_keys != heads:
         yield "num_key_value_heads", f"{of_keys}, but latent attention has one per head: {heads}"
     if heads % of_keys:
         yield "num_key_value_heads", f"{of_keys} do not divide {heads} heads"

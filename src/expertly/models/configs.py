@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from expertly.errors import ExpertlyError
-from expertly.families import Family, family_of
+from expertly.families import decoder, family_of, first_of, said_by_words
+from expertly.family_row import Family
 from expertly.folders import checkpoints, read_json
 
 _LONGEST = 16 * 2**20  # bytes of a config.json
@@ -29,8 +30,9 @@ _WHOLE = {
     ),
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), (1, 2**40)),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), (1, 2**20)),
-    **dict.fromkeys(("qk_rope_head_dim", "n_group", "topk_group"), (1, 2**16)),
-    **dict.fromkeys(("qk_nope_head_dim", "num_nextn_predict_layers"), (0, 2**16)),
+    **dict.fromkeys(("n_group", "topk_group"), (1, 2**16)),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), (0, 2**16)),
+    "num_nextn_predict_layers": (0, 2**16),
 }
 _LARGEST_MOE = 2**20
 # Real numbers, by key: a root of a negative or a division by zero ends in NaN.
@@ -103,14 +105,26 @@ def _impossible(config: dict[str, Any]) -> Iterator[str]:
         said = repr(config["model_type"])[:40] if "model_type" in config else "missing"
         yield f"model_type is {said}, expected the name of a family"
         return
+    yield from _code(config)
+    yield from _impossible_sizes(config)
+    if row := family_of(config):
+        inner = dict(decoder(config))
+        if row.nested:
+            yield from _impossible_sizes({"model_type": row.name, **inner})
+        yield from _impossible_experts(inner, row)
+
+
+def _impossible_sizes(config: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the values that any model has."""
+    unused = {
+        "sliding_window": config.get("use_sliding_window") is False,
+        "head_dim": config.get("qk_rope_head_dim") == 0,  # latent attention without positions
+    }
     for key, (least, largest) in _WHOLE.items():
-        if config.get(key) is not None:
+        if config.get(key) is not None and not unused.get(key):
             yield from _not_whole(config, key, least, largest)
     yield from _not_real(config, _REAL)
-    yield from _code(config)
     yield from _contradictions(config)
-    if row := family_of(config):
-        yield from _impossible_experts(config, row)
 
 
 def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
@@ -129,7 +143,7 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and shared and heads % shared:
         yield f"num_key_value_heads is {shared}, expected a divisor of {heads} attention heads"
-    if str(config["model_type"]).startswith("deepseek_v"):
+    if config["model_type"] in ("deepseek_v2", "deepseek_v3"):
         yield from _latent_contradictions(config)
 
 
@@ -164,16 +178,41 @@ def _code(config: Mapping[str, Any]) -> Iterator[str]:
 def _impossible_experts(config: dict[str, Any], row: Family) -> Iterator[str]:
     """What is wrong with the sizes that the family's row names."""
     spelt = next((key for key in row.num_experts if key in config), row.num_experts[0])
-    for key in (spelt, row.top_k, row.expert_width):
-        yield from _not_whole(config, key, 1, _LARGEST_MOE)
-    for key in filter(None, (row.shared_experts, row.first_dense)):
+    top_k = row.top_k if isinstance(row.top_k, str) else spelt
+    for key in (spelt, top_k, row.expert_width):
+        yield from _each_whole(config, key, 1, _LARGEST_MOE)
+    for key in filter(None, (row.shared_experts, row.shared_width)):
         yield from _not_whole(config, key, 0, _LARGEST_MOE)
-    if row.sparse_step is not None and row.sparse_step in config:
-        yield from _not_whole(config, row.sparse_step, 1, _LARGEST_MOE)
-    if config[row.top_k] > config[spelt]:
-        yield f"{row.top_k} is {config[row.top_k]}, but there are {config[spelt]} experts"
-    if "num_groups" in row.options:
-        yield from _impossible_groups(config, row, config[spelt])
+    yield from _impossible_layers(config, row)
+    experts = first_of(config, spelt)
+    if first_of(config, top_k) > experts:
+        yield f"{top_k} is {config[top_k]}, but there are {experts} experts"
+    if "num_groups" in row.options and "num_groups" not in said_by_words(row, config):
+        yield from _impossible_groups(config, row, experts)
+
+
+def _impossible_layers(config: dict[str, Any], row: Family) -> Iterator[str]:
+    """What is wrong with the keys that say which layers are MoE layers."""
+    least = {"step": 1, "last": -1}
+    for what, key in row.layers.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if what not in ("types", "listed", "dense"):
+            yield from _not_whole(config, key, least.get(what, 0), _LARGEST_MOE)
+        elif not isinstance(value, list):
+            yield f"{key} is {repr(value)[:40]}, expected a list"
+
+
+def _each_whole(config: dict[str, Any], key: str, least: int, largest: int) -> Iterator[str]:
+    """As _not_whole, where a list may say the same number for every layer."""
+    values = config.get(key)
+    if not isinstance(values, list):
+        yield from _not_whole(config, key, least, largest)
+    elif not values or any(value != values[0] for value in values):
+        yield f"{key} is {repr(values)[:40]}, expected the same number for every layer"
+    else:
+        yield from _not_whole({key: values[0]}, key, least, largest)
 
 
 def _impossible_groups(config: dict[str, Any], row: Family, num_experts: int) -> Iterator[str]:
@@ -181,11 +220,11 @@ def _impossible_groups(config: dict[str, Any], row: Family, num_experts: int) ->
     key, chosen_key = row.options["num_groups"], row.options["topk_groups"]
     yield from _not_whole(config, key, 1, num_experts)
     yield from _not_whole(config, chosen_key, 1, config[key])
-    each, rest = divmod(num_experts, config[key])
+    (each, rest), top_k = divmod(num_experts, config[key]), first_of(config, str(row.top_k))
     if rest or each < 2:  # a group is scored by its two best experts
         yield f"{key} is {config[key]}, expected groups of two or more of {num_experts} experts"
-    elif config[row.top_k] > config[chosen_key] * each:
-        yield f"{row.top_k} is {config[row.top_k]}, more than {config[chosen_key]} groups hold"
+    elif top_k > config[chosen_key] * each:
+        yield f"{row.top_k} is {top_k}, more than {config[chosen_key]} groups hold"
 
 
 def _not_whole(config: dict[str, Any], key: str, least: int, largest: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
-from expertly.families import family_of, sizes
+from expertly.families import decoder, family_of, sizes
 from expertly.folders import MANIFEST, read_json, verify
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,6 +34,10 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+# routed experts by their names on disk: Granite's and Step's are linear layers of the block itself
+EXPERTS = re.compile(r"\.experts\.|\.(?:in|out)put_linear\.|(?<=\.moe)\.(?:gate|up|down)_proj\.")
+# a router's weight by its name on disk, and the MoE block that it is in
+_ROUTER = re.compile(r"(.+?)\.(?:gate|router)\.(?:\w+\.)?weight")
 
 
 class _Lie(ValueError):
@@ -140,7 +144,7 @@ def check_layers(folder: Path, config: Mapping[str, Any], tensors: Sequence[Tens
     It goes by names, so it costs nothing; every name and shape is compared when weights load.
     """
     found = [int(part[1]) for t in tensors if (part := re.search(r"\.layers\.(\d{1,9})\.", t.name))]
-    said = config.get("num_hidden_layers") or 0
+    said = decoder(config).get("num_hidden_layers") or 0
     if found and said > max(found) + 1:
         why = f"config.json says {said} layers, the weights hold {max(found) + 1}"
         raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
@@ -167,11 +171,12 @@ def _check_experts(folder: Path, names: Iterable[str], num_experts: int) -> None
 
 def _check_routers(folder: Path, names: Collection[str], router: str) -> None:
     """Raises E301 for experts without a router: stock loaders would make a random one."""
-    blocks = {name.partition(".experts.")[0] for name in names if ".experts." in name}
-    for wanted in sorted(f"{block}.{router}.weight" for block in blocks):
-        if wanted not in names:
-            why = f"the router {wanted} is missing"
-            raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
+    routed_to = [name for name in names if ".shared_" not in name]
+    blocks = {name[: part.start()] for name in routed_to if (part := EXPERTS.search(name))}
+    routed = {part[1] for name in names if (part := _ROUTER.match(name))}
+    for block in sorted(blocks - routed):
+        why = f"the router {block}.{router}.weight is missing"
+        raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
 
 
 def _shards(folder: Path) -> Iterator[Path]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertly.families import family_of, sizes
+from expertly.families import decoder, family_of, sizes
 from expertly.models.configs import read_config
-from expertly.models.files import TensorHeader, check_layers, check_manifest, read_headers
+from expertly.models.files import EXPERTS, TensorHeader, check_layers, check_manifest, read_headers
 
 # the first pattern that a tensor's name matches says which part of the model it is
 _PARTS = (
     ("shared experts", r"\.shared_experts?[._]|\.shared_mlp\."),
-    ("experts", r"\.experts\.|\.(input|output)_linear\."),
+    ("experts", EXPERTS.pattern),
     ("router", r"\.(gate|router)\.|e_score_correction_bias|\.moe_statics\."),
     ("embeddings", r"embed_tokens|\.wte\."),
     ("head", r"^lm_head\."),
@@ -73,8 +73,8 @@ def _summary(config: Mapping[str, Any], tensors: list[TensorHeader], verified: b
     total = sum(counts_by.values())
     return Inspection(
         family=config.get("model_type", "unknown"),
-        layers=config.get("num_hidden_layers", 0),
-        moe_layers=len({name.split(".experts.")[0] for name in routed}),
+        layers=decoder(config).get("num_hidden_layers", 0),
+        moe_layers=len({EXPERTS.split(name)[0] for name in routed}),
         experts=moe.num_experts if moe else 0,
         top_k=moe.top_k if moe else 0,
         layout=_layout(routed),

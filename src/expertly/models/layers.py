@@ -1,6 +1,8 @@
 """Where a model keeps its experts and its routers, read from the family table."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertly.errors import ExpertlyError
-from expertly.families import require_family, rule_options, sizes
+from expertly.families import require_family, rule_of, sizes
 from expertly.moe.policy import Policy
 
 
@@ -18,7 +20,8 @@ class MoeLayer(NamedTuple):
 
     name: str  # of the block, as in named_modules()
     num_experts: int
-    router: Any  # the family's own modules, whose attributes only transformers types
+    block: Any  # the family's own modules, whose attributes only transformers types
+    router: Any
     experts: Any
 
 
@@ -27,9 +30,11 @@ def moe_layers(model: PreTrainedModel) -> list[MoeLayer]:
     config = model.config.to_dict()
     row, num_experts = require_family(config), sizes(config).num_experts
     found = [
-        MoeLayer(name, num_experts, getattr(block, row.router), block.experts)
+        MoeLayer(name, num_experts, block, attrgetter(row.router)(block), block.experts)
         for name, block in model.named_modules()
-        if hasattr(block, "experts") and hasattr(block, row.router)
+        if hasattr(block, "experts")
+        and hasattr(block, row.router.partition(".")[0])
+        and not (row.unless and getattr(block, row.unless))
     ]
     if not found:
         why = "no MoE layer in it"
@@ -42,30 +47,70 @@ def own_policy(config: Mapping[str, Any]) -> Policy:
 
     config: the model's, as a dict.
     """
-    row = require_family(config)
-    return Policy(router=row.rule, top_k=sizes(config).top_k, options=rule_options(config))
+    rule, options = rule_of(config)
+    return Policy(router=rule, top_k=sizes(config).top_k, options=options)
 
 
-def selection_bias(router: nn.Module, path: str) -> Tensor:
+def selection_bias(block: nn.Module, path: str) -> Tensor:
     """The selection bias at a family's dotted path: (experts,), sharing the family's own storage.
 
     Ernie's is (1, experts).
     """
-    return _bias_tensor(router, path).flatten()
+    return _bias_tensor(block, path).flatten()
 
 
-def cast_bias(router: nn.Module, path: str, dtype: torch.dtype) -> None:
-    """Give a router's selection bias another dtype; buffer or parameter, it stays the same one."""
-    bias = _bias_tensor(router, path)
+def cast_bias(block: nn.Module, path: str, dtype: torch.dtype) -> None:
+    """Give a block's selection bias another dtype; buffer or parameter, it stays the same one."""
+    bias = _bias_tensor(block, path)
     bias.data = bias.data.to(dtype)
 
 
-def _bias_tensor(router: nn.Module, path: str) -> Tensor:
+def _bias_tensor(block: nn.Module, path: str) -> Tensor:
     module, _, name = path.rpartition(".")
-    return getattr(router.get_submodule(module), name)
+    return getattr(block.get_submodule(module), name)
 
 
-def router_logits(router: Any, x: Tensor) -> Tensor:
-    """The router's logits in float32, whatever the model runs in: (tokens, experts)."""
+def router_device(router: nn.Module) -> torch.device:
+    """Where a router computes."""
+    return next(router.parameters()).device
+
+
+# --- Logits: each in float32, whatever the model runs in ---------------------------------------
+
+
+def _linear(router: Any, x: Tensor) -> Tensor:
     bias = getattr(router, "bias", None)
     return F.linear(x.float(), router.weight.float(), None if bias is None else bias.float())
+
+
+def _inner(name: str, router: Any, x: Tensor) -> Tensor:
+    """Those of a linear layer inside the router."""
+    return _linear(getattr(router, name), x)
+
+
+def _multiplied(router: Any, x: Tensor) -> Tensor:
+    return _linear(router, x) * router.output_multiplier
+
+
+def _softcapped(router: Any, x: Tensor) -> Tensor:
+    """Kept within +-cap by tanh, where the cap is not 0."""
+    logits, cap = _linear(router, x), router.router_logit_softcapping
+    return torch.tanh(logits / cap) * cap if cap > 0 else logits
+
+
+def _normed(router: Any, x: Tensor) -> Tensor:
+    """Those of a normed and scaled input."""
+    x = router.norm(x.float()) * router.scale.float() * router.scalar_root_size
+    return _linear(router.proj, x)
+
+
+# (router, its input (tokens, dim)) -> (tokens, experts)
+LOGITS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "linear": _linear,
+    "multiplied": _multiplied,
+    "softcapped": _softcapped,
+    "normed": _normed,
+    "gate": partial(_inner, "gate"),
+    "wg": partial(_inner, "wg"),
+    "classifier": partial(_inner, "classifier"),
+}

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +24,7 @@ from expertly.families import FAMILIES
 from expertly.folders import read_json, write_json
 from expertly.memory import is_out_of_memory
 from expertly.models.attach import Attachment, attached
+from expertly.models.build import auto_class
 from expertly.models.configs import read_config
 from expertly.models.experts import register_experts
 from expertly.models.files import check_layers, check_manifest, read_headers
@@ -102,7 +102,7 @@ def load_weights(
     if config.model_type in FAMILIES:
         kind["experts_implementation"] = _experts(experts_implementation)
     with _opening(folder), _quiet():
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -217,7 +217,7 @@ def _check_count(folder: Path, config: PretrainedConfig, there: int) -> None:
     random ones for them first, of any size: memory for them must not be asked for at all.
     """
     with _opening(folder), _quiet(), torch.device("meta"):
-        asked = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        asked = auto_class(config).from_config(config, trust_remote_code=False).num_parameters()
     if asked > 2 * there + _SMALL:
         why = f"config.json asks for {asked:,} parameters, the weights hold {there:,}"
         raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")

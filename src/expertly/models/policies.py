@@ -1,7 +1,7 @@
 """A policy on disk: in stock config keys where they can say it, beside the weights where not."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from expertly.errors import ExpertlyError
 from expertly.families import require_family, stock_keys
 from expertly.models.attach import Attachment, attach
+from expertly.models.layers import own_policy
 from expertly.moe.policy import Policy, rule_defaults
 from expertly.moe.routing import ROUTERS
 
 POLICY = Path("expertly") / "policy.safetensors"
 
+_ROUNDING = ("ordered", "of_all")  # options that only say in which order a family computes
 _BAD_FILE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -35,12 +37,18 @@ def stock_form(config: Mapping[str, Any], policy: Policy) -> dict[str, Any] | No
 
     What only steers training (jitter, capacity, a random second expert) is no part of it.
     """
-    row = require_family(config)
     plain = policy.at_inference()
-    if ROUTERS[plain.router].biased and row.bias is None:
+    if ROUTERS[plain.router].biased and require_family(config).bias is None:
         return None
-    options = _in_full(plain, (*row.fixed, *row.options))
-    return stock_keys(row, plain.router, plain.top_k, options)
+    for keys in stock_keys(config, plain.top_k, _in_full(plain)):
+        said = own_policy({**config, **keys}).at_inference()
+        if (said.router, said.top_k, _in_full(said)) == (
+            plain.router,
+            plain.top_k,
+            _in_full(plain),
+        ):
+            return keys
+    return None
 
 
 def require_sayable(config: Mapping[str, Any], policy: Policy, *, allow_non_stock: bool) -> bool:
@@ -109,15 +117,10 @@ def fill_bias(attachment: Attachment, saved: SavedPolicy) -> None:
         target.copy_(bias)
 
 
-def _in_full(policy: Policy, sayable: Collection[str]) -> dict[str, Any]:
+def _in_full(policy: Policy) -> dict[str, Any]:
     """The policy's options with the rule's defaults, which a config may contradict.
 
-    A default that the family's keys have no word for needs none.
+    Without those that change nothing but rounding.
     """
-    defaults = rule_defaults(ROUTERS[policy.router])
-    full = {**{name: defaults[name] for name in sayable if name in defaults}, **policy.options}
-    return {
-        name: value
-        for name, value in full.items()
-        if name in sayable or name not in defaults or value != defaults[name]
-    }
+    full = {**rule_defaults(ROUTERS[policy.router]), **policy.options}
+    return {name: value for name, value in full.items() if name not in _ROUNDING}

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from expertly.models.attach import tokens_of
+from expertly.families import require_family
+from expertly.models.answers import ANSWERS
+from expertly.models.attach import tokens_by_layer
 from expertly.models.layers import moe_layers
 
 _TOKENS = 4  # per expert and look: enough for a mean that is meant to tell 1 from 0.01
@@ -26,8 +28,9 @@ class OutputProbe:
 
     def __init__(self, model: PreTrainedModel):
         self._layers = moe_layers(model)
+        self._answer = ANSWERS[require_family(model.config.to_dict()).answer]
         self._armed = False
-        self._valid: Tensor | None = None  # (tokens,), while a forward that is looked at runs
+        self._valid: list[Tensor] = []  # (tokens,) per layer, while a forward is looked at
         self._sums = [torch.zeros(2, layer.num_experts) for layer in self._layers]
         self._looks = [0] * len(self._layers)
         self._handles = [
@@ -61,26 +64,24 @@ class OutputProbe:
             handle.remove()
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._valid = tokens_of(*args, **kwargs).valid if self._armed else None
-        self._armed = False
+        tokens = tokens_by_layer(model, self._layers, args, kwargs) if self._armed else ()
+        self._valid, self._armed = [each.valid for each in tokens], False
 
     def _close(self, model: nn.Module, args: tuple, output: object) -> None:
-        self._valid = None  # what a checkpoint runs again during backward is not looked at
+        self._valid = []  # what a checkpoint runs again during backward is not looked at
 
     def _look(self, index: int, experts: nn.Module, args: tuple, output: Tensor) -> None:
-        if self._valid is None:
+        if not self._valid:
             return
-        hidden, chosen, weights = args[:3]
         num_experts = self._layers[index].num_experts
-        token, there = sample(chosen, self._valid.to(chosen.device), num_experts)
+        hidden, chosen = self._answer.asked(args, num_experts)
+        valid = self._valid[index].to(chosen.device)
+        valid = valid.repeat(len(chosen) // len(valid))  # where each expert has a row per token
+        token, there = sample(chosen, valid, num_experts)
         expert = torch.arange(num_experts, device=chosen.device).repeat_interleave(_TOKENS)
         with _unseen(experts, hidden.device.type):
             # forward itself: hooks on the module must not take these for tokens of the batch
-            answers = experts.forward(
-                hidden[token.flatten()],
-                expert.unsqueeze(-1).to(chosen.dtype),
-                weights.new_ones(len(expert), 1),
-            )
+            answers = self._answer.ask(experts, hidden[token.flatten()], expert.to(chosen.dtype))
             norms = answers.float().norm(dim=-1).view(num_experts, _TOKENS)
             norms = norms.where(there, 0.0).sum(dim=-1)
             found = torch.stack([norms, there.sum(dim=-1).to(norms.dtype)])

@@ -5,11 +5,14 @@ It counts nothing, draws nothing and learns nothing: randomness comes in as an a
 belongs to expertly.watch, the bias moves in expertly.moe.balance. All of it runs in float32.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from expertly.moe.scores import in_best_groups, near_the_best, sigmoid, softmax, sqrtsoftplus
 
 
 class Routing(NamedTuple):
@@ -74,19 +77,6 @@ def jitter(x: Tensor, noise: float) -> Tensor:
     return x * torch.empty_like(x).uniform_(1.0 - noise, 1.0 + noise)
 
 
-# --- Scores ------------------------------------------------------------------------------------
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Probabilities in float32: (tokens, experts)."""
-    return logits.float().softmax(dim=-1)
-
-
-def sigmoid(logits: Tensor) -> Tensor:
-    """Each expert's affinity by itself, in float32: (tokens, experts)."""
-    return logits.float().sigmoid()
-
-
 # --- Rules -------------------------------------------------------------------------------------
 
 
@@ -97,16 +87,20 @@ def softmax_topk(
     renormalize: bool = True,
     num_groups: int = 1,
     topk_groups: int = 1,
+    best: int = 1,
     scale: float = 1.0,
+    ordered: bool = True,
 ) -> Routing:
     """Softmax over all experts, keep the top k.
 
     Mixtral (renormalised), OLMoE (not), Qwen3-MoE (its config says); with groups and a scale
     DeepSeek-V2, whose best groups are those with the highest single score (section 2.2.2).
+    best: how many of its highest scores a group is worth together; Mistral 4 adds two.
+    ordered: best expert first; False leaves it open, as DeepSeek's code does: rounding shows it.
     """
     probs = softmax(logits)
-    open_probs = _in_best_groups(probs, num_groups, topk_groups, best=1, closed=0.0)
-    weights, experts = open_probs.topk(top_k, dim=-1)
+    open_probs = in_best_groups(probs, num_groups, topk_groups, best=best, closed=0.0)
+    weights, experts = open_probs.topk(top_k, dim=-1, sorted=ordered)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routing(logits, weights if scale == 1.0 else weights * scale, experts)
@@ -116,6 +110,43 @@ def topk_softmax(logits: Tensor, top_k: int) -> Routing:
     """Top k of the logits, then softmax over the chosen: gpt-oss (its bias is in the logits)."""
     chosen, experts = logits.float().topk(top_k, dim=-1)
     return Routing(logits, chosen.softmax(dim=-1), experts)
+
+
+def topk_sigmoid(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, of_all: bool = True
+) -> Routing:
+    """Top k of the logits, each weighted by its own sigmoid: Llama 4, Cohere 2 (renormalised).
+
+    of_all: take the sigmoid of every logit, as Llama 4's code does; False: of the chosen only, as
+    Cohere's does: rounding shows it.
+    """
+    chosen, experts = logits.float().topk(top_k, dim=-1)
+    weights = sigmoid(logits).gather(-1, experts) if of_all else sigmoid(chosen)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Routing(logits, weights, experts)
+
+
+def sigmoid_topk(logits: Tensor, top_k: int, *, renormalize: bool = True) -> Routing:
+    """Top k of the sigmoids: Flint."""
+    weights, experts = sigmoid(logits).topk(top_k, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Routing(logits, weights, experts)
+
+
+def sparsemixer(logits: Tensor, top_k: int = 2, *, tolerance: float = 0.01) -> Routing:
+    """Phi-MoE: the two best experts, each weighted by its share among those nearly as good.
+
+    SparseMixer-v2 (Liu et al. 2024) as inference computes it. Training there draws the experts and
+    estimates their gradient; here it takes the best ones too. tolerance: its jitter_eps.
+    """
+    logits = logits.float()
+    first, weight = near_the_best(logits, logits, tolerance)
+    others = logits.scatter(-1, first, -torch.inf)
+    second, other_weight = near_the_best(others, logits, tolerance)
+    weights, experts = torch.cat([weight, other_weight], -1), torch.cat([first, second], -1)
+    return Routing(logits, weights, experts)
 
 
 def switch_top1(logits: Tensor, top_k: int = 1) -> Routing:
@@ -145,19 +176,46 @@ def biased_sigmoid_topk(
     renormalize: bool = True,
     num_groups: int = 1,
     topk_groups: int = 1,
+    closed: float = -math.inf,
+    epsilon: float = 1e-20,
     scale: float = 1.0,
+    ordered: bool = False,
 ) -> Routing:
     """DeepSeek-V3, section 2.1.2: the bias (experts,) steers the choice, never the weight.
 
-    The best groups are those whose two highest biased scores have the largest sum.
+    The best groups are those whose two highest biased scores have the largest sum. closed: what
+    experts of the other groups score. epsilon: added to the sum that weights are divided by.
+    ordered: as in softmax_topk.
     """
     scores = sigmoid(logits)
-    choice = _in_best_groups(scores + bias, num_groups, topk_groups, best=2, closed=-torch.inf)
-    experts = choice.topk(top_k, dim=-1, sorted=False).indices
+    choice = in_best_groups(scores + bias, num_groups, topk_groups, best=2, closed=closed)
+    experts = choice.topk(top_k, dim=-1, sorted=ordered).indices
     weights = scores.gather(-1, experts)
     if renormalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + epsilon)
     return Routing(logits, weights * scale, experts)
+
+
+def biased_sqrtsoftplus_topk(
+    logits: Tensor, top_k: int, *, bias: Tensor, scale: float = 1.0
+) -> Routing:
+    """DeepSeek-V4: scores are sqrt(softplus(logits)), a bias (experts,) for the choice only."""
+    scores = sqrtsoftplus(logits)
+    experts = (scores + bias).topk(top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(-1, experts)
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(logits, weights * scale, experts)
+
+
+def biased_topk_sigmoid(
+    logits: Tensor, top_k: int, *, bias: Tensor, renormalize: bool = False
+) -> Routing:
+    """Kolibri: the bias (experts,) is added to the logits for the choice; weights are sigmoids."""
+    experts = (logits + bias).topk(top_k, dim=-1).indices
+    weights = sigmoid(logits.gather(-1, experts))
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Routing(logits, weights, experts)
 
 
 def biased_softmax_topk(
@@ -193,6 +251,9 @@ def expert_choice(logits: Tensor, top_k: int) -> Routing:
 ROUTERS = {
     "softmax_topk": Router(softmax_topk, softmax),
     "topk_softmax": Router(topk_softmax, softmax),
+    "topk_sigmoid": Router(topk_sigmoid, sigmoid, sums_to_one=False),
+    "sigmoid_topk": Router(sigmoid_topk, sigmoid, sums_to_one=False),
+    "sparsemixer": Router(sparsemixer, softmax, top_k=2),
     "switch_top1": Router(
         switch_top1, softmax, top_k=1, plain=("softmax_topk", {"renormalize": False})
     ),
@@ -202,22 +263,10 @@ ROUTERS = {
     "biased_sigmoid_topk": Router(
         biased_sigmoid_topk, sigmoid, sums_to_one=False, biased=True, smallest_group=2
     ),
+    "biased_sqrtsoftplus_topk": Router(
+        biased_sqrtsoftplus_topk, sqrtsoftplus, sums_to_one=False, biased=True
+    ),
+    "biased_topk_sigmoid": Router(biased_topk_sigmoid, sigmoid, sums_to_one=False, biased=True),
     "biased_softmax_topk": Router(biased_softmax_topk, softmax, biased=True),
     "expert_choice": Router(expert_choice, softmax, causal=False),
 }
-
-
-def _in_best_groups(
-    scores: Tensor, num_groups: int, topk_groups: int, *, best: int, closed: float
-) -> Tensor:
-    """Scores with `closed` written over all but the topk_groups best groups of experts.
-
-    A group is worth the sum of its `best` highest scores.
-    """
-    if num_groups == 1:
-        return scores
-    grouped = scores.unflatten(-1, (num_groups, -1))  # (tokens, groups, experts of a group)
-    worth = grouped.topk(best, dim=-1).values.sum(dim=-1)  # (tokens, groups)
-    chosen = worth.topk(topk_groups, dim=-1, sorted=False).indices
-    is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, chosen, True)
-    return grouped.masked_fill(~is_open.unsqueeze(-1), closed).flatten(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertly.config import dump
 from expertly.models.attach import Attachment
@@ -163,12 +163,18 @@ def _norms(attachment: Attachment) -> dict[str, Tensor]:
     """Numbers per expert (layers, experts, 2) and per router (layers, 1) that training moves."""
     layers = attachment.layers
     experts = [_expert_norms(layer.experts) for layer in layers]
-    routers = [layer.router.weight.double().norm().reshape(1) for layer in layers]
+    routers = [_router_norm(layer.router) for layer in layers]
     return {"experts": torch.stack(experts).cpu(), "routers": torch.stack(routers).cpu()}
+
+
+def _router_norm(router: nn.Module) -> Tensor:
+    """The norm of all its parameters: (1,)."""
+    norms = [parameter.double().norm() for parameter in router.parameters()]
+    return torch.stack(norms).norm().reshape(1)
 
 
 def _expert_norms(experts: Any) -> Tensor:
     """The norms of each expert's two matrices: (experts, 2)."""
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    up = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
     norms = [weight.double().flatten(1).norm(dim=1) for weight in (up, experts.down_proj)]
     return torch.stack(norms, dim=-1)

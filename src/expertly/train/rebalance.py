@@ -64,17 +64,17 @@ class Remedy:
 def rebalance(model: Model, attachment: Attachment, optimizer: AdamW, layers: list[int]) -> None:
     """Draw the routers of some MoE layers anew, in place, and forget what was learnt of them.
 
-    Small random rows, from torch's own generator, so that a resumed run draws the same; no moments
-    in the optimizer; a selection bias of 0 where the rule has one.
+    Small random rows, from torch's own generator, so that a resumed run draws the same; biases of
+    0, the selection's too; no moments in the optimizer.
     """
     std = getattr(model.config, "initializer_range", None) or 0.02
     for index in layers:
         router, bias = attachment.layers[index].router, attachment.bias[index]
         for name, parameter in router.named_parameters():
-            drawn = torch.zeros(parameter.shape)
-            if name == "weight":
-                drawn.normal_(std=std)
-            parameter.copy_(drawn)
             optimizer.state.pop(parameter, None)
+            if parameter.dim() > 1:
+                parameter.copy_(torch.empty(parameter.shape).normal_(std=std))
+            elif name.endswith("bias"):  # scales stay: at 0 nothing would pass them
+                parameter.zero_()
         if bias is not None:
             bias.zero_()

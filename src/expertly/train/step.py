@@ -110,7 +110,7 @@ def accumulate(
             shares = batch.shares or _shares_here(decisions, tokens, router, running)
             terms += _router_terms(decisions, tokens, shares, batch.totals, attachment, router)
             if recorder is not None:
-                recorder.add(decisions, tokens)
+                recorder.add(decisions, attachment.tokens_by_layer)
         total_loss(*terms, router=router).backward()
         losses[: len(terms)] += torch.stack([term.detach() for term in terms]).cpu()
     return StepLosses(*losses.tolist())

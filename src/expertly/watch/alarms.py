@@ -133,7 +133,7 @@ class Alarms:
             "chosen": counts.chosen,
             "served": counts.load.sum(dim=-1),
             "confidence": counts.confidence,
-            "tokens": counts.tokens.expand(len(counts.load)),
+            "tokens": counts.tokens,
         }
         for name, value in newest.items():
             past = self._state[name].roll(-1, dims=0)

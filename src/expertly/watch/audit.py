@@ -70,7 +70,7 @@ def audit(title: str, config: Mapping[str, Any], seen: Look) -> dict[str, Any]:
     metrics: list[dict[str, Any]] = [{"step": 0, "moe": watch_set(total)}]
     for alarm in alarms.add(0, total, seen.norms).raised:
         metrics.append({"step": 0, "alarm": alarm._asdict()})
-    tokens = int(total.tokens)
+    tokens = int(total.tokens.max())
     snapshots = [{"step": 0, "tokens": tokens, **snapshot(total, seen.norms)}]
     domains = {name: shares(counts.load) for name, counts in seen.counts.items()}
     return report(title, "model", config, metrics, snapshots, domains)

@@ -130,8 +130,8 @@ class Watch:
     def _count(self, model: nn.Module, args: tuple, output: object) -> None:
         attachment = self._attachment
         self._unseen = self._unseen or attachment.unseen()
-        if self._unseen is None and attachment.tokens is not None:
-            self._recorder.add(attachment.decisions, attachment.tokens)
+        if self._unseen is None:
+            self._recorder.add(attachment.decisions, attachment.tokens_by_layer)
         self._forwards += 1
         if self._forwards % _PROBE_EVERY == 0:
             self._probe.arm()

@@ -25,8 +25,8 @@ class Recorder:
         self._router = router
         self._sums: LayerCounts | None = None
 
-    def add(self, decisions: Sequence[Decision], tokens: Tokens) -> None:
-        """Count one micro-batch: a decision per MoE layer, and which of its tokens are valid."""
+    def add(self, decisions: Sequence[Decision], tokens: Sequence[Tokens]) -> None:
+        """Count one micro-batch: per MoE layer its decision and which of its tokens are valid."""
         counts = count_decisions(decisions, tokens, self._router)
         if self._sums is None:
             self._sums = counts
@@ -50,15 +50,17 @@ class Recorder:
 
 
 @torch.no_grad()
-def count_decisions(decisions: Sequence[Decision], tokens: Tokens, router: str) -> LayerCounts:
-    """What one micro-batch's decisions add up to; padding is not counted."""
-    layers = [_count_layer(decision, tokens, router) for decision in decisions]
-    stacked = [torch.stack(values).double() for values in zip(*layers, strict=True)]
-    return LayerCounts._make([*stacked, tokens.valid.sum().double()])
+def count_decisions(
+    decisions: Sequence[Decision], tokens: Sequence[Tokens], router: str
+) -> LayerCounts:
+    """What one micro-batch's decisions add up to, per MoE layer; padding is not counted."""
+    pairs = zip(decisions, tokens, strict=True)
+    layers = [_count_layer(decision, seen, router) for decision, seen in pairs]
+    return LayerCounts._make(torch.stack(each).double() for each in zip(*layers, strict=True))
 
 
 def _count_layer(decision: Decision, tokens: Tokens, router: str) -> tuple[Tensor, ...]:
-    """One layer's part of LayerCounts, in its order, without the tokens."""
+    """One layer's part of LayerCounts, in its order."""
     served, valid = decision.served, tokens.valid
     probs = probabilities(served.logits, router) * valid.unsqueeze(-1)  # (tokens, experts)
     weights = (served.weights * valid.unsqueeze(-1)).to(probs.dtype)  # 0 where dropped
@@ -71,4 +73,5 @@ def _count_layer(decision: Decision, tokens: Tokens, router: str) -> tuple[Tenso
         probs.amax(dim=-1).sum(),
         (squared_log_z(served.logits) * valid).sum(),
         probs.sum(dim=0),
+        valid.sum(),
     )

@@ -22,7 +22,7 @@ class LayerCounts(NamedTuple):
     confidence: Tensor  # (layers,), sum over tokens of the highest probability
     log_z: Tensor  # (layers,), sum over tokens of logsumexp^2
     probs: Tensor  # (layers, experts), sum over tokens of the router's probabilities
-    tokens: Tensor  # (), valid tokens
+    tokens: Tensor  # (layers,), valid ones: an encoder's and its decoder's differ
 
 
 def watch_set(counts: LayerCounts, bias: Tensor | None = None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def watch_set(counts: LayerCounts, bias: Tensor | None = None) -> dict[str, Any]
 
 def layer_stats(counts: LayerCounts) -> dict[str, Tensor]:
     """The watch set per layer: (layers,) each."""
-    load, tokens = counts.load, counts.tokens.clamp(min=1)
+    load, tokens = counts.load, counts.tokens.clamp(min=1).expand(len(counts.load))
     even = load.mean(dim=-1).clamp(min=1e-12)
     chosen = counts.chosen.sum(dim=-1)
     return {
@@ -113,8 +113,8 @@ def _losses(counts: LayerCounts, tokens: Tensor) -> dict[str, Tensor]:
     On Hugging Face's scale an even load's aux_loss is top_k; divided by the assignments per token
     it is 1 at any top_k.
     """
-    share = counts.chosen / tokens
-    aux_loss = imbalance(share, counts.probs / tokens)
+    share = counts.chosen / tokens.unsqueeze(-1)
+    aux_loss = imbalance(share, counts.probs / tokens.unsqueeze(-1))
     return {
         "aux_loss": aux_loss,
         "aux_loss_per_k": aux_loss / share.sum(dim=-1).clamp(min=1e-12),
