@@ -53,7 +53,7 @@ def test_every_router_and_every_watched_number_is_documented():
 
     page = (DOCS / "router.md").read_text()
     ones = torch.ones(1, 2, dtype=torch.float64)
-    counts = LayerCounts(ones, ones, ones, ones[:, 0], ones[:, 0], ones, ones[0, 0])
+    counts = LayerCounts(ones, ones, ones, ones[:, 0], ones[:, 0], ones, ones[:, 0])
     assert all(f"`{name}`" in page for name in [*ROUTERS, *watch_set(counts)])
 
 

@@ -15,6 +15,8 @@ from expertly.family_table import FAMILIES, REFUSED
 
 # the words with which configs call a layer an MoE layer
 _MOE_WORDS = ("sparse", "moe", "E")
+# the keys, by Family.layers, that have a word or a letter for each layer
+_PER_LAYER = ("types", "pattern")
 
 
 class Sizes(NamedTuple):
@@ -46,10 +48,23 @@ def require_family(config: Mapping[str, Any]) -> Family:
 def decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that the family's keys are in: all of it, or a composite's decoder."""
     row = FAMILIES.get(config.get("model_type", ""))
-    for key in _path(row) if row else ():
-        inner = config.get(key)
-        config = inner if isinstance(inner, dict) else {}
-    return config
+    if row is None or row.nested is None:
+        return config
+    inner = config.get(row.nested)
+    return inner if isinstance(inner, dict) else {}
+
+
+def num_layers(config: Mapping[str, Any]) -> int:
+    """How many layers a config says, of any family: by number, or by a word each; 0 if it does not.
+
+    A composite's are those of its decoder.
+    """
+    said, row = decoder(config), FAMILIES.get(config.get("model_type", ""))
+    for key in ("num_hidden_layers", "num_layers"):
+        if isinstance(said.get(key), int):
+            return int(said[key])
+    lists = [row.layers.get(what, "") for what in _PER_LAYER] if row else []
+    return next((len(said[key]) for key in lists if said.get(key)), 0)
 
 
 def sizes(config: Mapping[str, Any]) -> Sizes:
@@ -60,7 +75,7 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
     width = first_of(said, row.expert_width)
     shared = int(row.shared_width is not None)
     if row.shared_experts:
-        shared = first_of(said, row.shared_experts, null=True) or 0
+        shared = first_of(said, row.shared_experts)
     each = first_of(said, row.shared_width) if row.shared_width else width
     return Sizes(
         num_experts=first_of(said, *row.num_experts),
@@ -124,7 +139,7 @@ def stock_keys(
         made = {**keys, **dict(zip(row.words, words, strict=True))}
         if isinstance(row.top_k, str):
             made[row.top_k] = top_k
-        yield _nest(config, _path(row), made)
+        yield {row.nested: {**(config.get(row.nested) or {}), **made}} if row.nested else made
 
 
 def dense_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,15 +195,3 @@ def _has_experts(config: Mapping[str, Any], row: Family) -> bool:
     some = not isinstance(types, list) or any(word in _MOE_WORDS for word in types)
     counts = [said.get(key) for key in row.num_experts]
     return some and any(count not in (None, 0, 1) for count in counts)
-
-
-def _path(row: Family) -> list[str]:
-    return row.nested.split(".") if row.nested else []
-
-
-def _nest(config: Mapping[str, Any], path: list[str], keys: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a decoder as keys of the whole config, with what stands beside them."""
-    if not path:
-        return keys
-    inner = config.get(path[0]) or {}
-    return {path[0]: {**inner, **_nest(inner, path[1:], keys)}}

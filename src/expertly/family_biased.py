@@ -55,22 +55,22 @@ _KIMI_LINEAR = replace(
 _DEEPSEEK_V4 = replace(
     _TYPED,
     name="deepseek_v4",
+    shared_experts=None,  # its config counts them, its code has one
+    shared_width="moe_intermediate_size",
     unless="is_hash",  # token ids choose there
     rule="biased_sqrtsoftplus_topk",
     options=SCALE,
     words={"scoring_func": {"sqrtsoftplus": {}, "sigmoid": {"rule": "biased_sigmoid_topk"}}},
-    only_own="its first layers, where token ids choose, must take as many experts as the others",
 )
 _INKLING2 = replace(
     _DEEPSEEK_V4,
     name="inkling2_text",
-    shared_experts=None,
+    shared_width=None,
     layers={},
     unless=None,
     rule="biased_sigmoid_topk",
     options={"scale": "route_scale"},
     words={"scoring_func": {"sigmoid": {}, "sqrtsoftplus": {"rule": "biased_sqrtsoftplus_topk"}}},
-    only_own=None,
 )
 _MINIMAX_M2 = Family(
     name="minimax_m2",

@@ -25,7 +25,7 @@ class Family:
     # nothing says it.
     layers: Mapping[str, str] = field(default_factory=dict)
     unless: str | None = None  # the attribute of a block with experts that no rule chooses
-    router: str = "gate"  # the router in the MoE block, a dotted path
+    router: str = "gate"  # the router's name in the MoE block
     rule: str = "softmax_topk"  # a name in expertly.moe.routing.ROUTERS
     options: Mapping[str, str] = field(default_factory=dict)  # rule option -> key
     fixed: Mapping[str, Any] = field(default_factory=dict)  # rule option -> what the code says
@@ -35,5 +35,5 @@ class Family:
     logits: str = "linear"  # a name in expertly.models.layers.LOGITS
     answer: str = "triple"  # how router and experts talk, a name in expertly.models.answers.ANSWERS
     only_own: str | None = None  # why it can follow no rule but its own
-    # what released checkpoints say where a class default would not do for training from scratch
+    # what training from scratch needs where the class default would not do
     scratch: Mapping[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ _QWEN3_MOE = Family(
     options=NORM,
     scratch={"norm_topk_prob": True},
 )
-_QWEN2_MOE = replace(_QWEN3_MOE, name="qwen2_moe", dense="qwen2", shared_width=SHARED)
+_QWEN2_MOE = replace(_QWEN3_MOE, name="qwen2_moe", dense="qwen2", shared_width=SHARED, scratch={})
 _OLMOE = Family(
     name="olmoe",
     dense="olmo2",
@@ -79,7 +79,6 @@ _QWEN3_5_MOE = replace(
     layers={},
     options={},
     fixed={"renormalize": True},
-    scratch={},
 )
 _QWEN4_EXP = replace(_QWEN2_MOE, name="qwen4_exp_text", dense=None, layers={})
 _ARIA_TEXT = replace(
@@ -95,6 +94,8 @@ _GEMMA4_TEXT = Family(
     may_be_dense=True,
     num_experts=("num_experts",),
     top_k="top_k_experts",
+    dense_width="moe_intermediate_size",  # no layer is a dense one
+    shared_width="intermediate_size",  # each layer has an ordinary feed-forward beside its experts
     router="router",
     fixed={"renormalize": True},
     logits="normed",

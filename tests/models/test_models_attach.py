@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from expertly.errors import ExpertlyError
-from expertly.families import FAMILIES as TABLE
 from expertly.models.attach import attach, attached, tokens_of
 from expertly.models.build import build_model, twin_config
 from expertly.models.layers import moe_layers, own_policy
@@ -432,23 +431,3 @@ def test_detaching_leaves_a_float32_bias_alone(tiny_model):
     with attach(model, own(model)):
         model.bfloat16()
     assert moe_layers(model)[0].router.e_score_correction_bias.dtype == torch.bfloat16
-
-
-def test_a_bias_at_a_dotted_path_is_the_familys_own_tensor(tiny_model, tiny_ids, monkeypatch):
-    """As in Ernie, where it is a frozen parameter (1, experts) of a module inside the router."""
-    path = "gate.moe_statics.e_score_correction_bias"
-    monkeypatch.setitem(TABLE, "mixtral", replace(TABLE["mixtral"], bias=path))
-    model = tiny_model("mixtral")
-    for layer in moe_layers(model):
-        layer.router.moe_statics = torch.nn.Module()
-        zeros = torch.zeros(1, 8, dtype=torch.bfloat16)
-        frozen = torch.nn.Parameter(zeros, requires_grad=False)
-        layer.router.moe_statics.e_score_correction_bias = frozen
-    with attach(model, Policy(router="biased_softmax_topk", top_k=2)) as attachment:
-        attachment.bias[0][3] = 100.0
-        logits_of(model, tiny_ids)
-        assert (attachment.decisions[0].served.experts == 3).any(-1).all()
-        assert attachment.biases().shape == (2, 8)
-        own_tensor = attachment.layers[0].block.get_parameter(path)
-        assert own_tensor.dtype == torch.float32 and own_tensor[0, 3] == 100
-    assert own_tensor.dtype == torch.bfloat16

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from tiny_families import tiny_config
 from transformers import AutoConfig
 
 from expertly.errors import ExpertlyError
+from expertly.families import FAMILIES as TABLE
 from expertly.families import moe_layer_indices, sizes
 from expertly.models.build import build_model, model_config, twin_config
 from expertly.models.layers import moe_layers
@@ -87,6 +89,25 @@ def test_an_unknown_family_names_the_nearest():
     assert error.value.code == "E306"
 
 
+PLAIN = [name for name, row in TABLE.items() if not row.nested]
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_every_family_is_built_from_sizes_in_our_words_or_says_what_it_needs(family, tiny_sizes):
+    try:
+        config = model_config(family, tiny_sizes(family, num_key_value_heads=4))
+        with torch.device("meta"):
+            build_model(config)
+    except ExpertlyError as refusal:
+        assert refusal.code == ("E306" if family == "switch_transformers" else "E202")
+        assert family in refusal.what or family in refusal.why
+
+
+def test_what_a_class_needs_besides_sizes_is_named(tiny_sizes):
+    with pytest.raises(ExpertlyError, match=r"E202\].* set what it needs .* of layer_types$"):
+        build_model(model_config("lfm2_moe", tiny_sizes("lfm2_moe")))
+
+
 # --- Twins -------------------------------------------------------------------------------------
 
 
@@ -157,6 +178,13 @@ def test_dense_layers_of_another_width_have_no_twin(family, given, tiny_sizes):
         moe, twin = build_model(config), build_model(twin_config(config))
     routers = sum(layer.router.weight.numel() for layer in moe_layers(moe))
     assert active(moe) - routers == active(twin)
+
+
+@pytest.mark.parametrize("family", [name for name, row in TABLE.items() if row.dense is None])
+def test_a_family_without_a_dense_class_has_no_twin(family):
+    with pytest.raises(ExpertlyError, match="transformers has no dense class") as error:
+        twin_config(tiny_config(family))
+    assert (error.value.code, error.value.what) == ("E202", "model.twin")
 
 
 def test_a_twin_is_its_own_twin_where_the_class_is_the_same(tiny_sizes):

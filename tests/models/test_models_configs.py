@@ -84,6 +84,20 @@ DEEPSEEK = {
     "topk_group": 2,
     "num_experts_per_tok": 4,
 }
+QWEN3 = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+}
+LLAMA4 = {**MIXTRAL, "model_type": "llama4_text"}
+NEMOTRON = {
+    **DEEPSEEK,
+    "model_type": "nemotron_h",
+    "moe_shared_expert_intermediate_size": 16,
+    "hybrid_override_pattern": "ME*",
+}
 NAN = float("nan")
 
 
@@ -139,6 +153,22 @@ NAN = float("nan")
             {"topk_group": 1},
             "num_experts_per_tok is 4, more than 1 groups hold",
         ),
+        (DEEPSEEK, {"n_shared_experts": None}, "n_shared_experts is None, expected a whole number"),
+        (QWEN3, {"mlp_only_layers": 3}, "mlp_only_layers is 3, expected a list of layers"),
+        (QWEN3, {"mlp_only_layers": [0, "1"]}, "mlp_only_layers is [0, '1'], expected a list of"),
+        (QWEN3, {"mlp_only_layers": [-1]}, "mlp_only_layers is [-1], expected a list of layers"),
+        (QWEN3, {"mlp_only_layers": [True]}, "mlp_only_layers is [True], expected a list of"),
+        (LLAMA4, {"moe_layers": [1, None]}, "moe_layers is [1, None], expected a list of layers"),
+        (
+            NEMOTRON,
+            {"layers_block_type": ["moe", {}]},
+            "layers_block_type is ['moe', {}], expected",
+        ),
+        (
+            NEMOTRON,
+            {"hybrid_override_pattern": 3},
+            "hybrid_override_pattern is 3, expected a letter",
+        ),
         (
             MIXTRAL,
             {"transformers_weights": "../other.safetensors"},
@@ -182,6 +212,29 @@ def test_values_that_real_models_have_are_taken(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL, **real}))
     assert read_config(tmp_path) == {**MIXTRAL, **real}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({**MIXTRAL, "model_type": "hunyuan_v1_moe", "num_experts": 8}, {"moe_topk": [2, 2]}),
+        (
+            QWEN3,
+            {"num_experts": None, "num_local_experts": 8},
+        ),  # the other spelling is the good one
+        (DEEPSEEK, {"n_shared_experts": 0}),
+    ],
+)
+def test_keys_that_a_family_does_not_read_are_not_checked(config, changes, tmp_path):
+    config = {"n_group": False, **config, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == config
+
+
+def test_groups_that_a_config_leaves_to_the_class_are_taken(tmp_path):
+    config = {key: value for key, value in DEEPSEEK.items() if "group" not in key}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == config
 
 
 def test_a_config_of_megabytes_is_not_read(tmp_path):

@@ -4,6 +4,7 @@ As a script it writes docs/families.md: `python tests/models/test_models_decorat
 """
 
 import copy
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -84,11 +85,22 @@ def test_every_decorated_class_belongs_to_a_family_that_is_read_or_refused():
     assert not set(FAMILIES) & set(REFUSED)
 
 
-def test_every_decorated_class_is_in_a_model_that_is_read_or_beside_one_that_is_refused():
+# the decorated classes that no model we read has -> the refused family that has it
+OF_REFUSED = {
+    "DiffusionGemmaTextExperts": "diffusion_gemma",
+    "Ernie4_5_VLMoeMoeExperts": "ernie4_5_vl_moe",
+    "InklingExperts": "inkling_text",
+    "OpenAIPrivacyFilterExperts": "openai_privacy_filter",
+    "Qwen3OmniMoeTalkerTextExperts": "qwen3_omni_moe",
+    "ZayaExperts": "zaya",
+}
+
+
+def test_every_decorated_class_is_in_a_model_that_is_read_or_named_with_one_that_is_refused():
     read = {type(layer.experts).__name__ for name in READ for layer in moe_layers(tiny(name))}
-    types = families()
-    for directory, classes in experts_classes().items():
-        assert set(classes) <= read or set(types[directory]) & set(REFUSED), directory
+    decorated = {name for classes in experts_classes().values() for name in classes}
+    assert decorated - read <= set(OF_REFUSED) and not read & set(OF_REFUSED)
+    assert set(OF_REFUSED.values()) <= set(REFUSED)
 
 
 @newest
@@ -130,12 +142,15 @@ def test_its_own_rule_changes_no_bit_and_its_experts_get_what_was_decided(family
 
 @each_family
 def test_top_k_is_that_of_a_model_with_this_config(family, tiny_ids):
-    model, row = tiny(family), FAMILIES[family]
+    row = FAMILIES[family]
+    # layers where token ids choose keep the top_k that their table has
+    free = {"mlp_layer_types": ["moe"] * 3} if row.unless else {}
+    model = tiny_family(family, **free)
     rule = own(model).router
-    if row.only_own or ROUTERS[rule].top_k:
-        pytest.skip(f"{rule} has a top_k of its own")
+    if row.only_own or row.unless or ROUTERS[rule].top_k:
+        pytest.skip(f"{rule} has a top_k of its own, or its config says that of other layers, too")
     said = decoder(model.config.to_dict())[row.top_k]
-    other = tiny_family(family, part=row.nested, **{row.top_k: said + 1})
+    other = tiny_family(family, part=row.nested, **free, **{row.top_k: said + 1})
     other.load_state_dict(model.state_dict())
     with attach(model, own(model, top_k=said + 1)) as attachment:
         assert output_of(model, tiny_ids).equal(output_of(other, tiny_ids))
@@ -193,6 +208,28 @@ def test_it_is_saved_and_opened_again_with_its_bias(family, tiny_ids, tmp_path):
     seen = inspect_folder(tmp_path)
     blocks = [each for each in model.modules() if hasattr(each, "experts")]
     assert (seen.moe_layers, seen.experts) == (len(blocks), 8)
+    assert seen.layers == 3
+    parts = sizes_by_module(model, FAMILIES[family])
+    assert {part: seen.parameters.get(part, 0) for part in parts} == parts
+
+
+def sizes_by_module(model, row):
+    """How many numbers a model saves for each part of its MoE layers."""
+    blocks = [each for each in model.modules() if hasattr(each, "experts")]
+    shared = re.compile(r"(.+\.)?shared?_(expert|experts|expert_gate|mlp)")
+    modules = {
+        "experts": [block.experts for block in blocks],
+        "router": [getattr(block, row.router) for block in blocks],
+        "shared experts": [m for name, m in model.named_modules() if shared.fullmatch(name)],
+    }
+    found = {part: sum(map(saved, each)) for part, each in modules.items()}
+    if row.bias and not row.bias.startswith(f"{row.router}."):  # it lies beside the router
+        found["router"] += sum(selection_bias(block, row.bias).numel() for block in blocks)
+    return found
+
+
+def saved(module):
+    return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
 # families of which some models have no experts, as their config says it
@@ -280,19 +317,22 @@ RULES = {
 
 def page() -> str:
     """docs/families.md."""
-    classes, types = experts_classes(), families()
-    switchable = {name for directory in classes for name in types[directory]}
+    classes = experts_classes()
+    decorated = {name for directory in classes.values() for name in directory}
+    own = {name: type(moe_layers(tiny(name))[0].experts).__name__ for name in READ}
+    switchable = {name for name in READ if own[name] in decorated}
     intro = f"""# Families
 
 Of the {len(FOUND)} Mixture-of-Experts model types of transformers {version("transformers")}
 ({sum(map(len, classes.values()))} classes under `@use_experts_implementation`, and those without),
-**{len(FAMILIES)} are read and {len(REFUSED)} are refused**; none is guessed. The tests find them in
-transformers' source, prove each row on a tiny random model, and write this page.
+**{len(FAMILIES)} are read and {len(REFUSED)} are refused**; none is guessed. The tests find the
+model types in transformers' source, prove each row on a tiny random model, and write this page.
 
 Read means: the family's own rule, attached by our hook, changes no bit in float32; top_k, capacity
 and the config's options do what they say; a selection bias is the family's own tensor, and comes
-back from disk. Switch Transformers is opened in Python only. Experts that are switchable run on our
-experts function. A twin is a dense class of the same make.
+back from disk. Switch Transformers is built and watched in Python; not opened by `open_model`. A
+model type whose experts are switchable can run them on our experts function. A twin is a dense
+class of the same make.
 
 """
     read = [_line(FAMILIES[name], name in switchable) for name in sorted(FAMILIES)]

@@ -279,6 +279,19 @@ def test_what_is_promised_must_be_there(lost, changes, said, tiny_folder):
     assert said in error.value.why
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "switch_transformers", "num_layers": 2}, "encoder.block.0.layer.0.x"),
+        ({"model_type": "nemotron_h", "layers_block_type": ["mlp", "mlp"]}, "model.layers.0.x"),
+    ],
+)
+def test_layers_are_counted_under_every_familys_names(config, name, place):
+    save_file({name: torch.zeros(1)}, place)
+    with pytest.raises(ExpertlyError, match="says 2 layers, the weights hold 1"):
+        check_layers(place.parent, config, read_header(place))
+
+
 def test_a_dense_model_promises_layers_alone(tiny_folder):
     tensors = read_headers(tiny_folder("mixtral"))
     check_layers(tiny_folder("mixtral"), {"model_type": "x", "num_hidden_layers": 2}, tensors)

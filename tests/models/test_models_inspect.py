@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from expertly.errors import ExpertlyError
@@ -104,6 +106,24 @@ def test_a_model_that_is_in_no_table_is_counted_too(tmp_path):
     assert found.total == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("family", ["longcat_flash", "jetmoe", "nllb-moe", "nobody_knows"])
+def test_an_moe_of_no_family_that_is_read_is_refused(family, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("mixtral"), tmp_path / "copy")
+    (folder / MANIFEST).unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ExpertlyError, match=f"model_type '{family}'") as error:
+        inspect_folder(folder)
+    assert error.value.code == "E306"
+
+
+def test_a_family_that_is_refused_is_so_without_experts_by_our_names_too(tmp_path):
+    save_file({"encoder.layers.0.ffn.wi": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "nllb-moe"}')
+    with pytest.raises(ExpertlyError, match="encoder-decoder") as error:
+        inspect_folder(tmp_path)
+    assert error.value.code == "E306"
+
+
 @pytest.mark.parametrize("changes", [{"num_experts_per_tok": None}, {"num_local_experts": 0}])
 def test_sizes_that_cannot_be_are_refused(changes, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder("mixtral"), tmp_path / "copy")
@@ -125,6 +145,14 @@ def test_sizes_that_cannot_be_are_refused(changes, tiny_folder, tmp_path):
         ("model.layers.0.mlp.gate.weight", "router"),
         ("model.layers.0.mlp.gate.e_score_correction_bias", "router"),
         ("model.layers.0.block_sparse_moe.gate.weight", "router"),
+        ("model.layers.0.block_sparse_moe.input_linear.weight", "experts"),
+        ("model.layers.0.block_sparse_moe.down_proj.weight", "dense layers"),
+        ("model.layers.0.shared_mlp.input_linear.weight", "shared experts"),
+        ("model.layers.0.mlp.experts.e_score_correction_bias", "router"),
+        ("model.layers.0.mlp.expert_bias", "router"),
+        ("model.layers.0.moe.router_bias", "router"),
+        ("model.layers.0.moe.down_proj.weight", "experts"),
+        ("model.layers.0.share_expert.down_proj.weight", "shared experts"),
         ("model.layers.0.mlp.gate_proj.weight", "dense layers"),
         ("model.layers.0.self_attn.q_norm.weight", "norms"),
         ("model.layers.0.self_attn.q_proj.weight", "attention"),

@@ -1,24 +1,23 @@
-"""Every named family, on a tiny random model: read, steered, limited, trained, saved, twinned."""
+"""What test_models_decorated.py leaves open, for the named families."""
 
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from tiny_families import tiny_family
 
 from expertly.errors import ExpertlyError
-from expertly.families import FAMILIES, moe_layer_indices, sizes
+from expertly.families import FAMILIES, sizes
 from expertly.folders import save_folder
 from expertly.models.attach import attach
 from expertly.models.build import build_model, model_config, twin_config
-from expertly.models.inspect import inspect_folder, part_of
-from expertly.models.layers import moe_layers, own_policy, selection_bias
+from expertly.models.inspect import part_of
+from expertly.models.layers import moe_layers, own_policy
 from expertly.models.loading import open_model, save_model
-from expertly.models.policies import POLICY, stock_form
+from expertly.models.policies import POLICY, require_sayable, stock_form
 from expertly.models.probe import OutputProbe
-from expertly.moe.capacity import expert_capacity
 from expertly.moe.policy import Policy
-from expertly.moe.routing import tokens_per_expert
 from expertly.train.config import RouterConfig
 from expertly.train.step import MicroBatch, accumulate
 from expertly.watch.recorder import count_decisions
@@ -60,6 +59,7 @@ NAMED = {
     "llama4_text": HEADS,
 }
 EXPERTS = ("expertly", "grouped_mm", "eager")
+SWITCHABLE = [name for name in NAMED if name != "llama4_text"]  # its experts take no list
 FIXED_TOP_K = ("phimoe",)
 SOFTMAX = ("qwen2_moe", "qwen3_next", "flex_olmo", "hunyuan_v1_moe")  # can say renormalized
 BIASED = [name for name in NAMED if FAMILIES[name].bias]
@@ -83,10 +83,6 @@ def tiny(tiny_sizes):
     return make
 
 
-def switchable(family: str) -> bool:
-    return family != "llama4_text"  # its experts take no list of chosen ones
-
-
 @torch.no_grad()
 def logits_of(model, ids, **kwargs):
     return model(ids, **kwargs).logits
@@ -96,52 +92,16 @@ def own(model, **changes):
     return replace(own_policy(model.config.to_dict()), **changes)
 
 
-@each_family
-def test_the_familys_own_rule_changes_no_bit(family, tiny, tiny_ids):
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("family", SWITCHABLE)
+def test_the_familys_own_rule_changes_no_bit_whatever_runs_the_experts(
+    family, experts, tiny, tiny_ids
+):
     model = tiny(family)
-    assert len(moe_layers(model)) == len(moe_layer_indices(model.config.to_dict())) > 0
-    for experts in EXPERTS if switchable(family) else EXPERTS[:1]:
-        if switchable(family):
-            model.set_experts_implementation(experts)
-        before = logits_of(model, tiny_ids)
-        with attach(model) as looking:
-            assert logits_of(model, tiny_ids).equal(before)
-        with attach(model, own(model)) as steering:
-            assert logits_of(model, tiny_ids).equal(before)
-        for seen, made in zip(looking.decisions, steering.decisions, strict=True):
-            assert seen.served.experts.sort(-1).values.equal(made.served.experts.sort(-1).values)
-            torch.testing.assert_close(seen.served.logits, made.served.logits)
-
-
-@pytest.mark.parametrize("family", [name for name in NAMED if name not in FIXED_TOP_K])
-def test_top_k_is_that_of_a_model_with_this_config(family, tiny, tiny_ids):
-    model = tiny(family)
-    width = FAMILIES[family].dense_width  # from scratch it would follow the top_k
-    kept = {width: model.config.to_dict()[width]} if hasattr(model.config, width) else {}
-    other = tiny(family, num_experts_per_tok=3, **kept)
-    with attach(model, own(model, top_k=3)) as attachment:
-        assert logits_of(model, tiny_ids).equal(logits_of(other, tiny_ids))
-        assert {d.served.experts.shape for d in attachment.decisions} == {(24, 3)}
-
-
-def test_a_rule_of_two_experts_takes_no_other_number(tiny):
-    model = tiny("phimoe")
-    with pytest.raises(ExpertlyError, match="its top_k is 2, not 3"):
-        attach(model, own(model, top_k=3))
-
-
-@each_family
-def test_capacity_drops_what_it_says(family, tiny, tiny_ids):
-    model = tiny(family)
+    model.set_experts_implementation(experts)
     before = logits_of(model, tiny_ids)
-    with attach(model, own(model, eval_capacity_factor=0.5)) as attachment:
-        limited = logits_of(model, tiny_ids)
-    assert not limited.equal(before)
-    room = expert_capacity(24, 2, 8, 0.5)
-    for decision in attachment.decisions:
-        chosen, served = tokens_per_expert(decision.chosen), tokens_per_expert(decision.served)
-        assert served.tolist() == chosen.clamp(max=room).tolist()
-        assert not decision.served.weights[~decision.served.kept].any()
+    with attach(model, own(model)):
+        assert logits_of(model, tiny_ids).equal(before)
 
 
 @each_family
@@ -174,22 +134,6 @@ def test_it_is_built_from_sizes_in_our_words(family, tiny_sizes):
 
 
 @pytest.mark.parametrize("family", BIASED)
-def test_the_bias_lands_in_the_familys_own_tensor(family, tiny, tiny_ids, tmp_path):
-    model = tiny(family)
-    with attach(model, own(model)) as attachment:
-        for bias in attachment.bias:
-            bias[3] = 100.001  # no bfloat16
-        ours = logits_of(model, tiny_ids)
-        assert all((d.served.experts == 3).any(-1).all() for d in attachment.decisions)
-        folder = save_folder(tmp_path / "model", lambda to: save_model(model, to))
-    assert not (folder / POLICY).exists()
-    opened = open_model(folder)
-    assert logits_of(opened, tiny_ids).equal(ours)
-    for layer, bias in zip(moe_layers(opened), attachment.bias, strict=True):
-        assert selection_bias(layer.block, FAMILIES[family].bias).equal(bias)
-
-
-@pytest.mark.parametrize("family", BIASED)
 def test_the_bias_moves_in_float32_whatever_the_model_is_in(family, tiny, tiny_ids):
     model = tiny(family).bfloat16()
     with attach(model, own(model)) as attachment:
@@ -202,33 +146,36 @@ def test_the_bias_moves_in_float32_whatever_the_model_is_in(family, tiny, tiny_i
             assert (bias - was).allclose(torch.tensor(1e-4), rtol=1e-2)
 
 
-@each_family
-def test_it_is_saved_opened_and_inspected(family, tiny, tiny_ids, tmp_path):
-    model = tiny(family)
-    before = logits_of(model, tiny_ids)
-    folder = save_folder(tmp_path / "model", lambda to: save_model(model, to))
-    assert logits_of(open_model(folder), tiny_ids).equal(before)
-    found = inspect_folder(folder)
-    assert (found.experts, found.top_k, found.family) == (8, 2, family)
-    assert found.moe_layers == len(moe_layers(model))
-    assert found.total == model.num_parameters() + sum(
-        b.numel() for n, b in model.named_buffers() if n in model.state_dict()
-    )
-    layer = moe_layers(model)[0]
-    routers = sum(t.numel() for t in layer.router.state_dict().values())
-    routed = sum(t.numel() for t in layer.experts.state_dict().values())
-    assert found.parameters["router"] >= routers * found.moe_layers
-    assert found.parameters["experts"] == routed * found.moe_layers
-
-
 @pytest.mark.parametrize("family", [name for name in NAMED if name not in FIXED_TOP_K])
 def test_another_top_k_is_said_in_stock_keys(family, tiny, tiny_ids, tmp_path):
     model = tiny(family)
     with attach(model, own(model, top_k=3)):
         ours = logits_of(model, tiny_ids)
-        save_folder(tmp_path / "model", lambda to: save_model(model, to))
-    assert not (tmp_path / "model" / POLICY).exists()
-    assert logits_of(open_model(tmp_path / "model"), tiny_ids).equal(ours)
+        folder = save_folder(tmp_path / "model", lambda to: save_model(model, to))
+    assert not (folder / POLICY).exists()
+    assert logits_of(open_model(folder), tiny_ids).equal(ours)
+
+
+def test_a_top_k_that_layers_without_a_rule_would_follow_too_is_not_stock(tiny_ids):
+    model = tiny_family("deepseek_v4")  # its first layer's experts are chosen by token ids
+    config, policy = model.config.to_dict(), own(model, top_k=3)
+    with attach(model, policy) as attachment:
+        assert logits_of(model, tiny_ids, use_cache=False).isfinite().all()
+        assert {d.served.experts.shape for d in attachment.decisions} == {(24, 3)}
+    assert stock_form(config, policy) is None
+    with pytest.raises(ExpertlyError, match=r"E204\].*stock loaders would compute"):
+        require_sayable(config, policy, allow_non_stock=False)
+    assert stock_form(config, own(model)) is not None
+    with attach(model, Policy(router="softmax_topk", top_k=2)):
+        assert logits_of(model, tiny_ids, use_cache=False).isfinite().all()
+
+
+def test_a_rule_that_only_transformers_knows_is_not_watched_and_said_so():
+    model = tiny_family("lfm2_moe", use_expert_bias=False)
+    with pytest.raises(
+        ExpertlyError, match=r"E306\].*its routing rule is not read: use_expert_bias"
+    ):
+        attach(model)
 
 
 @each_family
@@ -264,13 +211,9 @@ def parts(model):
     return counts
 
 
-@each_family
-def test_a_twin_is_honest_or_refused(family, tiny):
+@pytest.mark.parametrize("family", [name for name in NAMED if FAMILIES[name].dense])
+def test_every_part_of_a_twin_is_as_large(family, tiny):
     row = FAMILIES[family]
-    if row.dense is None:
-        with pytest.raises(ExpertlyError, match="no dense class"):
-            twin_config(tiny(family).config)
-        return
     apart = "num_hidden_layers" in NAMED[family] and row.dense_width != row.expert_width
     # dense layers, where it has some, are as wide as what a token uses
     moe = tiny(family, **({row.dense_width: 3 * 16} if apart else {}))

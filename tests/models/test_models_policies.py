@@ -154,10 +154,11 @@ def test_a_non_stock_policy_comes_back_with_its_biases(
     family, router, tiny_model, tiny_ids, tmp_path
 ):
     model = tiny_model(family)
-    scaled = {} if router == "topk_softmax" else {"scale": 1.5}
-    if router == "biased_sigmoid_topk":
-        scaled["renormalize"] = False
-    with attach(model, Policy(router=router, top_k=3, options=scaled)) as attachment:
+    options = {
+        "biased_sigmoid_topk": {"scale": 1.5, "renormalize": False},
+        "biased_softmax_topk": {"minimum": 0.5},
+    }.get(router, {})
+    with attach(model, Policy(router=router, top_k=3, options=options)) as attachment:
         for index, bias in enumerate(attachment.bias):
             if bias is not None:
                 bias.copy_(torch.arange(8) * 0.1 + index)

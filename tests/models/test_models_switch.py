@@ -10,6 +10,7 @@ from expertly.errors import ExpertlyError
 from expertly.models.attach import attach
 from expertly.models.build import model_config
 from expertly.models.layers import moe_layers, own_policy
+from expertly.models.loading import open_model
 from expertly.models.probe import OutputProbe
 from expertly.moe.capacity import expert_capacity
 from expertly.moe.policy import Policy
@@ -102,6 +103,52 @@ def test_labels_are_what_the_decoder_reads(tiny_ids):
     assert [len(d.served.experts) for d in attachment.decisions] == [24, 24, 10]
 
 
+def test_what_both_sides_read_may_be_given_in_any_way(asked):
+    model = switch()
+    ids, inner = asked.values()
+    ones, embed = torch.ones_like(ids), model.get_input_embeddings()
+    before = logits_of(model, asked)
+    with attach(model, own(model)) as attachment, torch.no_grad():
+        assert model(ids, ones, inner).logits.equal(before)
+        assert len(attachment.decisions) == 3
+        assert model(inputs_embeds=embed(ids), decoder_inputs_embeds=embed(inner)).logits.equal(
+            before
+        )
+    assert [len(tokens.valid) for tokens in attachment.tokens_by_layer] == [24, 24, 14]
+
+
+@pytest.mark.parametrize("policy", [False, True])
+def test_generating_is_as_without_and_the_encoder_outside_the_forward_is_not_seen(policy, tiny_ids):
+    model = switch()
+    mask = torch.ones_like(tiny_ids)
+    mask[1, 5:] = 0
+    how = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": 299}
+    how["decoder_start_token_id"] = 0
+    before = model.generate(tiny_ids, **how)
+    with attach(model, own(model) if policy else None) as attachment:
+        assert model.generate(tiny_ids, **how).equal(before)
+    assert attachment.unseen() == LAYERS[0]
+    assert attachment.tokens is None and len(attachment.tokens_by_layer) == 1
+    with pytest.raises(ValueError, match="no decisions yet"):
+        attachment.decisions  # noqa: B018
+
+
+def test_padding_takes_no_room_in_an_encoder_called_by_itself(tiny_ids):
+    model = switch()
+    ids, mask = torch.cat([tiny_ids, tiny_ids], 1), torch.ones(2, 24)
+    mask[:, 12:] = 0
+    with torch.no_grad(), attach(model, own(model, eval_capacity_factor=1.0)):
+        alone = model.encoder(input_ids=tiny_ids).last_hidden_state
+        padded = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(padded[:, :12], alone)
+
+
+def test_it_is_opened_with_transformers(tmp_path):
+    switch().save_pretrained(tmp_path)
+    with pytest.raises(ExpertlyError, match=r"E306\].*an encoder-decoder. FIX: open it with trans"):
+        open_model(tmp_path)
+
+
 def test_its_experts_answers_are_those_by_hand(asked):
     model = switch()
     probe, calls = OutputProbe(model), []
@@ -157,3 +204,11 @@ def test_its_health_is_read_though_encoder_and_decoder_see_different_tokens(aske
     assert health.counts.load.sum(-1).tolist() == [24, 24, 14]
     assert watched["dropped_frac"] == 0
     assert watched["aux_loss_per_k"] >= 0.9
+
+
+def test_health_of_generating_alone_is_refused_not_guessed(tiny_ids):
+    model = switch()
+    with Watch(model) as health:
+        model.generate(tiny_ids, max_new_tokens=2, decoder_start_token_id=0)
+        with pytest.raises(ExpertlyError, match=r"E504\] encoder.block.1.layer.1.mlp: its"):
+            health.read()

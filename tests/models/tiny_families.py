@@ -6,7 +6,6 @@ itself or in a part.
 """
 
 import re
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -145,9 +144,9 @@ def _holds(said: dict) -> bool:
 
 
 def tiny_config(model_type: str, *, part: str | None = None, **changes):
-    """A config of a family with small sizes; changes: keys of it, or of its part at a path."""
+    """A config of a family with small sizes; changes: keys of it, or of a part of it."""
     config = AutoConfig.for_model(model_type, **_small(model_type))
-    changed = attrgetter(part)(config) if part else config
+    changed = getattr(config, part) if part else config
     for key, value in changes.items():
         setattr(changed, key, value)
     return config

@@ -123,11 +123,11 @@ def slow_biased_sigmoid(
     return {i: scale * s[i] / total for i in chosen}
 
 
-def slow_biased_softmax(row, top_k, bias, *, minimum=1e-12, scale=1.0):
+def slow_biased_softmax(row, top_k, bias, *, minimum=1e-12):
     p = shares(row)
     chosen = best([a + b for a, b in zip(p, bias, strict=True)], top_k)
     total = max(sum(p[i] for i in chosen), minimum)
-    return {i: scale * p[i] / total for i in chosen}
+    return {i: p[i] / total for i in chosen}
 
 
 GROUPS = {"num_groups": 4, "topk_groups": 2}

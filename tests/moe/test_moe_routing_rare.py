@@ -62,8 +62,8 @@ def test_a_rare_rule_is_its_loop_over_tokens(name, slow, options, top_k):
     routing = ROUTERS[name].route(logits, top_k, **options, **given)
     for token, row in enumerate(logits.double().tolist()):
         expected = slow(row, top_k, bias.double().tolist(), **options)
-        said = dict(zip(routing.experts[token].tolist(), routing.weights[token].tolist()))  # noqa: B905
-        assert said == pytest.approx(expected, rel=1e-5)
+        pairs = zip(routing.experts[token].tolist(), routing.weights[token].tolist(), strict=True)
+        assert dict(pairs) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_sigmoid_before_or_after_the_choice_differs_in_rounding_only():

@@ -169,6 +169,17 @@ def test_either_matrix_shows_that_an_expert_changed(tiny, part):
     assert proof.changed()["experts"] == f"1 of {layers * count}"
 
 
+def test_a_router_whose_selection_bias_alone_moved_has_not_changed(tiny):
+    """Ernie's is a parameter of its router."""
+    _, attachment = tiny("ernie4_5_moe")
+    proof = Proof(attachment)
+    attachment.bias[0] += 0.5
+    assert proof.changed()["routers"].startswith("0 of")
+    with torch.no_grad():
+        attachment.layers[0].router.weight[1] *= 1.5
+    assert proof.changed()["routers"].startswith("1 of")
+
+
 def test_an_expert_that_received_tokens_and_did_not_change(tiny):
     _, attachment = tiny("qwen3_moe")
     proof = Proof(attachment)

@@ -29,7 +29,7 @@ def counts(share):
     """A step's counts of 1,000 tokens: layer 0 even, layer 1 with these shares of 2,000."""
     load = torch.tensor([[0.25] * 4, share], dtype=torch.float64) * 2000
     per_layer = torch.full((2,), 500.0, dtype=torch.float64)
-    tokens = torch.tensor(1000.0, dtype=torch.float64)
+    tokens = torch.full((2,), 1000.0, dtype=torch.float64)
     return LayerCounts(load, load, load / 2, per_layer, per_layer, load / 2, tokens)
 
 

@@ -57,6 +57,19 @@ def test_only_the_collapsed_routers_are_drawn_anew(family, tiny, tiny_ids):
     assert not torch.equal(weight, drawn), "and goes on learning"
 
 
+def test_a_selection_bias_of_two_axes_is_not_drawn_whatever_rule_decides(tiny, tiny_ids):
+    """Ernie's is a frozen parameter (1, experts)."""
+    other = {"router": "softmax_topk", "options": {}}
+    model, attachment = tiny("ernie4_5_moe", policy=other)
+    router = attachment.layers[0].router
+    optimizer = build_optimizer(model, [router], OptimConfig())
+    before = router.weight.clone()
+    router.moe_statics.e_score_correction_bias.fill_(0.5)
+    rebalance(model, attachment, optimizer, [0])
+    assert not router.moe_statics.e_score_correction_bias.any()
+    assert not router.weight.equal(before)
+
+
 def test_each_remedy_is_stronger_and_json_holds_it():
     optim, router = OptimConfig(learning_rate=1e-3), RouterConfig(router_aux_loss_coef=0.03)
     none = Remedy()

@@ -24,7 +24,7 @@ def counts_of(load, *, tokens=None, chosen=None, mass=None, probs=None, confiden
     load = torch.tensor(load, dtype=torch.float64)
     chosen = load if chosen is None else torch.tensor(chosen, dtype=torch.float64)
     mass = load if mass is None else torch.tensor(mass, dtype=torch.float64)
-    tokens = load.sum(-1).max() if tokens is None else torch.tensor(float(tokens))
+    tokens = float(load.sum(-1).max() if tokens is None else tokens)
     probs = load if probs is None else torch.tensor(probs, dtype=torch.float64)
     per_layer = torch.ones(len(load), dtype=torch.float64)
     return LayerCounts(

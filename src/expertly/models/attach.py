@@ -5,7 +5,7 @@ expects, mostly (logits, weights, experts). Decisions are kept while the model's
 a checkpointed forward that is run again during backward decides the same, unrecorded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -33,10 +33,8 @@ from expertly.moe.routing import ROUTERS, Tokens, jitter
 class Attachment:
     """A policy at work on a model, and what it decided in the latest forward.
 
-    tokens: which of the flat tokens are valid, and their sequences; tokens_by_layer: of those that
-    each MoE layer sees, which differ in a decoder behind an encoder. decisions: one per MoE layer.
-    rule: the name of the routing rule that decides. One that only looks tells of the policy at
-    work. Use it as a context manager, or call detach().
+    decisions: one per MoE layer. rule: the name of the routing rule that decides. One that only
+    looks tells of the policy at work. Use it as a context manager, or call detach().
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy | None):
@@ -45,9 +43,8 @@ class Attachment:
         self.layers = moe_layers(model)
         self._own_rule = own_policy(config).router
         self.rule = self._rule_on(model)
-        self.tokens: Tokens | None = None
-        self.tokens_by_layer: list[Tokens] = []
-        self._masks: list[Tensor] = []  # of valid tokens per layer, while a forward may use them
+        self._tokens: list[Tokens | None] = [None] * len(self.layers)
+        self._masks: dict[int, Tensor] = {}  # of valid tokens, while a layer may use them
         self._decisions: list[Decision | None] = [None] * len(self.layers)
         self._recording = False
         row = require_family(config)
@@ -58,8 +55,12 @@ class Attachment:
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, always_call=True),
         ]
+        # partials of methods, unlike closures, still fit after deepcopy(model)
+        for stack, indices in stacks(model, self.layers):
+            see, forget = partial(self._see, indices), partial(self._forget, indices)
+            self._handles.append(stack.register_forward_pre_hook(see, with_kwargs=True))
+            self._handles.append(stack.register_forward_hook(forget, always_call=True))
         for index, layer in enumerate(self.layers):
-            # a partial of a method, unlike a closure, still fits after deepcopy(model)
             hook = partial(self._route, index)
             self._handles.append(layer.router.register_forward_hook(hook))
 
@@ -70,6 +71,19 @@ class Attachment:
         if len(made) < len(self.layers):
             raise ValueError("no decisions yet: call the model itself first, model(input_ids)")
         return made
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """Which of the flat tokens are valid, and their sequences, as the first MoE layer sees it.
+
+        None before a forward that it takes part in.
+        """
+        return self._tokens[0]
+
+    @property
+    def tokens_by_layer(self) -> list[Tokens]:
+        """The same per MoE layer: a decoder behind an encoder sees other tokens."""
+        return [tokens for tokens in self._tokens if tokens is not None]
 
     def unseen(self) -> str | None:
         """The first MoE layer whose router did not run in the latest forward; None: all did."""
@@ -122,17 +136,30 @@ class Attachment:
         self.detach()
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.tokens_by_layer = tokens_by_layer(model, self.layers, args, kwargs)
-        self.tokens = self.tokens_by_layer[0]
-        self._masks = [tokens.valid for tokens in self.tokens_by_layer]
         self.rule = self._rule_on(model)
+        self._tokens = [None] * len(self.layers)
         self._decisions = [None] * len(self.layers)
         self._recording = True
 
+    def _see(
+        self, indices: Sequence[int], stack: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        tokens = tokens_of(*args, **kwargs)
+        for index in indices:
+            self._masks[index] = tokens.valid
+            if self._recording:
+                self._tokens[index] = tokens
+
+    def _forget(
+        self, indices: Sequence[int], stack: nn.Module, args: tuple, output: object
+    ) -> None:
+        if torch.is_grad_enabled():  # backward may run a checkpoint again
+            return
+        for index in indices:
+            self._masks.pop(index, None)
+
     def _close(self, model: nn.Module, args: tuple, output: object) -> None:
         self._recording = False
-        if not torch.is_grad_enabled():  # with gradients, backward may run a checkpoint again
-            self._masks = []
         at_work = attached(model)
         if self.policy is None and at_work is not None:
             # only its own decisions say what capacity dropped, a router's output does not
@@ -174,7 +201,7 @@ class Attachment:
             routing = answer.read(router, output)
             return Decision(routing, routing)
         x = x.reshape(-1, x.shape[-1])
-        if not self._masks or len(self._masks[index]) != len(x):
+        if len(self._masks.get(index, ())) != len(x):
             raise ValueError("the attached policy needs the mask: call the model, not a part of it")
         with torch.autocast(x.device.type, enabled=False):
             if router.training and self.policy.jitter:
@@ -216,15 +243,19 @@ def attached(model: nn.Module) -> Attachment | None:
     return found[-1] if found else None
 
 
-def tokens_by_layer(
-    model: Any, layers: Sequence[MoeLayer], args: tuple, kwargs: Mapping[str, Any]
-) -> list[Tokens]:
-    """What tokens_of says, for each MoE layer: an encoder and its decoder see different tokens."""
-    tokens = tokens_of(*args, **kwargs)
+def stacks(model: Any, layers: Sequence[MoeLayer]) -> Iterator[tuple[nn.Module, list[int]]]:
+    """The modules that tokens enter, each with the indices of the MoE layers that see them.
+
+    Of an encoder-decoder both sides: generating calls the encoder once, outside the model's own
+    forward.
+    """
     if not model.config.is_encoder_decoder:
-        return [tokens] * len(layers)
-    inner = decoder_tokens_of(**kwargs)
-    return [inner if layer.name.startswith("decoder.") else tokens for layer in layers]
+        yield model, [*range(len(layers))]
+        return
+    for side in ("encoder", "decoder"):
+        indices = [i for i, layer in enumerate(layers) if layer.name.startswith(f"{side}.")]
+        if indices:
+            yield model.get_submodule(side), indices
 
 
 def tokens_of(
@@ -251,14 +282,3 @@ def tokens_of(
         starts = position_ids == 0
     starts[:, 0] = True
     return Tokens(valid.flatten(), starts.flatten().cumsum(0) - 1)
-
-
-def decoder_tokens_of(
-    decoder_input_ids: Tensor | None = None,
-    labels: Tensor | None = None,
-    decoder_attention_mask: Tensor | None = None,
-    **__: object,
-) -> Tokens:
-    """What tokens_of says, of the tokens in an encoder-decoder's decoder; labels, where no ids."""
-    like = labels if decoder_input_ids is None else decoder_input_ids
-    return tokens_of(like, decoder_attention_mask)

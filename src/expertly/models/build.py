@@ -64,7 +64,7 @@ def model_config(family: str, given: Mapping[str, Any]) -> PretrainedConfig:
         setattr(config, row.dense_width, active_width(sizes(config.to_dict())))
     for key, why in _problems(config.to_dict()):
         raise ExpertlyError("E202", f"model.{key}", why, fix=f"correct {key}")
-    if getattr(config, "head_dim", 0) is None:  # not every class derives it
+    if config.to_dict().get("head_dim", 0) is None:  # not every class derives it
         config.head_dim = config.hidden_size // config.num_attention_heads
     return config
 
@@ -77,9 +77,9 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     class of its make, E306 for an unknown family.
     """
     raw = config.to_dict()
-    raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     keys = dense_keys(raw)
     _require_one_width(raw)
+    keys["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     known = AutoConfig.for_model(keys["model_type"]).to_dict()
     kept = {key: value for key, value in keys.items() if key in known and key != "model_type"}
     for stale in ("architectures", "transformers_version"):
@@ -88,9 +88,23 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def build_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model with random weights, in float32; its experts run on our experts function."""
+    """A model with random weights, in float32; its experts run on our experts function.
+
+    Raises E202 for a config that its class cannot make a model of.
+    """
     kind = {"experts_implementation": register_experts()} if config.model_type in FAMILIES else {}
-    return auto_class(config).from_config(config, **kind)
+    try:
+        return auto_class(config).from_config(config, **kind)
+    except (TypeError, ValueError, AttributeError) as error:
+        why = f"its class makes no model of these sizes: {str(error)[:200]}"
+        fix = f"set what it needs in model.extra, of {', '.join(_unset(config))}"
+        raise ExpertlyError("E202", f"model.{config.model_type}", why, fix=fix) from error
+
+
+def _unset(config: PretrainedConfig) -> list[str]:
+    """The keys of a config's own class that nothing has given a value."""
+    others = {*PretrainedConfig().to_dict(), "pad_token_id"}
+    return [k for k, value in config.to_dict().items() if value is None and k not in others]
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -110,7 +124,9 @@ def _known(family: str) -> dict[str, Any]:
         if not known.get("is_encoder_decoder"):
             return known
         why = "an encoder-decoder, which can be watched but not trained here"
-    raise ExpertlyError("E306", f"family {family!r}", why, fix=nearest(family, FAMILIES))
+    raise ExpertlyError(
+        "E306", f"family {family!r}", why, fix=nearest(family, FAMILIES.keys() - {family})
+    )
 
 
 def _require_one_width(raw: Mapping[str, Any]) -> None:

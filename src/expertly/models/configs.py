@@ -30,7 +30,6 @@ _WHOLE = {
     ),
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), (1, 2**40)),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), (1, 2**20)),
-    **dict.fromkeys(("n_group", "topk_group"), (1, 2**16)),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), (0, 2**16)),
     "num_nextn_predict_layers": (0, 2**16),
 }
@@ -177,7 +176,8 @@ def _code(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _impossible_experts(config: dict[str, Any], row: Family) -> Iterator[str]:
     """What is wrong with the sizes that the family's row names."""
-    spelt = next((key for key in row.num_experts if key in config), row.num_experts[0])
+    there = (key for key in row.num_experts if config.get(key) is not None)
+    spelt = next(there, row.num_experts[0])
     top_k = row.top_k if isinstance(row.top_k, str) else spelt
     for key in (spelt, top_k, row.expert_width):
         yield from _each_whole(config, key, 1, _LARGEST_MOE)
@@ -198,10 +198,15 @@ def _impossible_layers(config: dict[str, Any], row: Family) -> Iterator[str]:
         value = config.get(key)
         if value is None:
             continue
-        if what not in ("types", "listed", "dense"):
+        said = f"{key} is {repr(value)[:40]}, expected"
+        if what == "types" and not _is_list(value, str):
+            yield f"{said} a list of words"
+        elif what in ("listed", "dense") and not _is_list(value, int):
+            yield f"{said} a list of layers"
+        elif what == "pattern" and not isinstance(value, str):
+            yield f"{said} a letter per layer"
+        elif what in ("first", "last", "step", "offset"):
             yield from _not_whole(config, key, least.get(what, 0), _LARGEST_MOE)
-        elif not isinstance(value, list):
-            yield f"{key} is {repr(value)[:40]}, expected a list"
 
 
 def _each_whole(config: dict[str, Any], key: str, least: int, largest: int) -> Iterator[str]:
@@ -218,6 +223,8 @@ def _each_whole(config: dict[str, Any], key: str, least: int, largest: int) -> I
 def _impossible_groups(config: dict[str, Any], row: Family, num_experts: int) -> Iterator[str]:
     """Groups that do not divide the experts, or too few experts in those that a token may use."""
     key, chosen_key = row.options["num_groups"], row.options["topk_groups"]
+    if not {key, chosen_key} <= set(config):  # the class says it, then
+        return
     yield from _not_whole(config, key, 1, num_experts)
     yield from _not_whole(config, chosen_key, 1, config[key])
     (each, rest), top_k = divmod(num_experts, config[key]), first_of(config, str(row.top_k))
@@ -246,6 +253,13 @@ def _not_real(
             yield f"{name} is {repr(value)[:40]}, expected a number from {least:g} to {largest:g}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{name} is {value}, expected a finite number"
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    """Whether it is a list of words, or of whole numbers from 0 on."""
+    if not (isinstance(value, list) and all(type(each) is kind for each in value)):
+        return False
+    return kind is str or min(value, default=0) >= 0
 
 
 def _is_number(value: object) -> bool:

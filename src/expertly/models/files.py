@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from expertly.errors import ExpertlyError
-from expertly.families import decoder, family_of, sizes
+from expertly.families import family_of, num_layers, sizes
 from expertly.folders import MANIFEST, read_json, verify
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,8 +34,15 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-# routed experts by their names on disk: Granite's and Step's are linear layers of the block itself
-EXPERTS = re.compile(r"\.experts\.|\.(?:in|out)put_linear\.|(?<=\.moe)\.(?:gate|up|down)_proj\.")
+# Routed experts by their names on disk. Granite's and Step's are linear layers of the block itself;
+# Laguna keeps the router's bias among them.
+EXPERTS = re.compile(
+    r"\.experts\.(?!e_score_correction_bias)"
+    r"|(?<=\.block_sparse_moe)\.(?:in|out)put_linear\."
+    r"|(?<=\.moe)\.(?:gate|up|down)_proj\."
+)
+# the number of a layer in a name: Switch's are blocks of an encoder and of a decoder
+_LAYER = re.compile(r"(?:\.layers|coder\.block)\.(\d{1,9})\.")
 # a router's weight by its name on disk, and the MoE block that it is in
 _ROUTER = re.compile(r"(.+?)\.(?:gate|router)\.(?:\w+\.)?weight")
 
@@ -143,8 +150,8 @@ def check_layers(folder: Path, config: Mapping[str, Any], tensors: Sequence[Tens
 
     It goes by names, so it costs nothing; every name and shape is compared when weights load.
     """
-    found = [int(part[1]) for t in tensors if (part := re.search(r"\.layers\.(\d{1,9})\.", t.name))]
-    said = decoder(config).get("num_hidden_layers") or 0
+    found = [int(part[1]) for tensor in tensors if (part := _LAYER.search(tensor.name))]
+    said = num_layers(config)
     if found and said > max(found) + 1:
         why = f"config.json says {said} layers, the weights hold {max(found) + 1}"
         raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")

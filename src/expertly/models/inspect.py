@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertly.families import decoder, family_of, sizes
+from expertly.families import REFUSED, family_of, num_layers, require_family, sizes
 from expertly.models.configs import read_config
 from expertly.models.files import EXPERTS, TensorHeader, check_layers, check_manifest, read_headers
 
 # the first pattern that a tensor's name matches says which part of the model it is
 _PARTS = (
-    ("shared experts", r"\.shared_experts?[._]|\.shared_mlp\."),
+    ("shared experts", r"\.shared?_(experts?[._]|mlp\.)"),
     ("experts", EXPERTS.pattern),
-    ("router", r"\.(gate|router)\.|e_score_correction_bias|\.moe_statics\."),
+    ("router", r"\.(gate|router)\.|e_score_correction_bias|(router|expert)_bias$|\.moe_statics\."),
     ("embeddings", r"embed_tokens|\.wte\."),
     ("head", r"^lm_head\."),
     ("norms", r"norm"),
     ("attention", r"attn|attention"),
-    ("dense layers", r"\.mlp\.|\.feed_forward\."),
+    ("dense layers", r"\.mlp\.|\.feed_forward\.|\.block_sparse_moe\."),
 )
 
 
@@ -45,10 +45,12 @@ class Inspection:
 def inspect_folder(folder: Path, *, hashes: bool = False) -> Inspection:
     """Read a model folder's config and headers; with `hashes` check every file's sha256 too.
 
-    Raises E305 when it is no model folder, E310 for pickled weights, E301 and E302 for damaged
-    files.
+    Raises E305 when it is no model folder, E306 for an MoE of no family that is read, E310 for
+    pickled weights, E301 and E302 for damaged files.
     """
     config = read_config(folder)
+    if config["model_type"] in REFUSED:
+        require_family(config)
     verified = check_manifest(folder, hashes=hashes)
     tensors = read_headers(folder)
     check_layers(folder, config, tensors)
@@ -67,13 +69,15 @@ def _summary(config: Mapping[str, Any], tensors: list[TensorHeader], verified: b
         counts_by[part_of(tensor.name)] += tensor.parameters
         dtypes[tensor.dtype] += tensor.parameters
     routed = [t.name for t in tensors if part_of(t.name) == "experts"]
+    if routed and family_of(config) is None:
+        require_family(config)
     # a dense twin may be of an MoE's own class (DeepSeek-V3), and states experts it does not have
-    moe = sizes(config) if routed and family_of(config) else None
+    moe = sizes(config) if routed else None
     idle = 1 - moe.top_k / moe.num_experts if moe else 0
     total = sum(counts_by.values())
     return Inspection(
         family=config.get("model_type", "unknown"),
-        layers=decoder(config).get("num_hidden_layers", 0),
+        layers=num_layers(config),
         moe_layers=len({EXPERTS.split(name)[0] for name in routed}),
         experts=moe.num_experts if moe else 0,
         top_k=moe.top_k if moe else 0,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +29,10 @@ def moe_layers(model: PreTrainedModel) -> list[MoeLayer]:
     config = model.config.to_dict()
     row, num_experts = require_family(config), sizes(config).num_experts
     found = [
-        MoeLayer(name, num_experts, block, attrgetter(row.router)(block), block.experts)
+        MoeLayer(name, num_experts, block, getattr(block, row.router), block.experts)
         for name, block in model.named_modules()
         if hasattr(block, "experts")
-        and hasattr(block, row.router.partition(".")[0])
+        and hasattr(block, row.router)
         and not (row.unless and getattr(block, row.unless))
     ]
     if not found:
@@ -45,9 +44,18 @@ def moe_layers(model: PreTrainedModel) -> list[MoeLayer]:
 def own_policy(config: Mapping[str, Any]) -> Policy:
     """The policy that a family's own code follows, so that attaching it changes nothing.
 
-    config: the model's, as a dict.
+    config: the model's, as a dict. Raises E306 for one that says a rule we do not know, sound as it
+    may be for transformers.
     """
-    rule, options = rule_of(config)
+    try:
+        rule, options = rule_of(config)
+    except ExpertlyError as error:
+        if error.code != "E305":
+            raise
+        what, why = f"model_type {config['model_type']!r}", "its routing rule is not read"
+        raise ExpertlyError(
+            "E306", what, f"{why}: {error.why}", fix="name another model"
+        ) from error
     return Policy(router=rule, top_k=sizes(config).top_k, options=options)
 
 

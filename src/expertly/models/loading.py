@@ -73,7 +73,7 @@ def open_model(
 
     Experts run on our function unless another of transformers' implementations is named. verify:
     check every sha256 of its manifest first, where it has one. Raises E305 when it is no model
-    folder, E310 for pickled weights, E301 and E302 for damaged files.
+    folder, E306 for an encoder-decoder, E310 for pickled weights, E301 and E302 for damaged files.
     """
     model = load_weights(
         Path(path), dtype=dtype, experts_implementation=experts_implementation, verify=verify
@@ -127,10 +127,14 @@ def check_model(folder: Path, *, verify: bool) -> bool:
 
 
 def open_config(folder: Path) -> PretrainedConfig:
-    """The folder's config, without running any code it brings. Raises E305, E301."""
+    """The folder's config, without running any code it brings. Raises E305, E301, E306."""
     _refuse_code(folder, read_config(folder))
     with _opening(folder), _quiet():
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if config.model_type in FAMILIES and config.is_encoder_decoder:
+        what, fix = f"model_type {config.model_type!r}", "open it with transformers, then attach"
+        raise ExpertlyError("E306", what, "an encoder-decoder", fix=fix)
+    return config
 
 
 def save_model(

@@ -38,8 +38,11 @@ def stock_form(config: Mapping[str, Any], policy: Policy) -> dict[str, Any] | No
     What only steers training (jitter, capacity, a random second expert) is no part of it.
     """
     plain = policy.at_inference()
-    if ROUTERS[plain.router].biased and require_family(config).bias is None:
+    row = require_family(config)
+    if ROUTERS[plain.router].biased and row.bias is None:
         return None
+    if row.unless and plain.top_k != own_policy(config).top_k:
+        return None  # the layers that no rule chooses for would follow the key, too
     for keys in stock_keys(config, plain.top_k, _in_full(plain)):
         said = own_policy({**config, **keys}).at_inference()
         if (said.router, said.top_k, _in_full(said)) == (

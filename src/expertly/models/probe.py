@@ -6,7 +6,7 @@ chosen and says nothing is seen, under any experts implementation. It draws no r
 stays outside autograd: looking changes nothing. What the norms mean is for expertly.watch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from expertly.families import require_family
 from expertly.models.answers import ANSWERS
-from expertly.models.attach import tokens_by_layer
+from expertly.models.attach import stacks, tokens_of
 from expertly.models.layers import moe_layers
 
 _TOKENS = 4  # per expert and look: enough for a mean that is meant to tell 1 from 0.01
@@ -29,16 +29,19 @@ class OutputProbe:
     def __init__(self, model: PreTrainedModel):
         self._layers = moe_layers(model)
         self._answer = ANSWERS[require_family(model.config.to_dict()).answer]
-        self._armed = False
-        self._valid: list[Tensor] = []  # (tokens,) per layer, while a forward is looked at
+        self._armed = self._looking = False
+        self._valid: dict[int, Tensor] = {}  # (tokens,) by layer, while a forward is looked at
         self._sums = [torch.zeros(2, layer.num_experts) for layer in self._layers]
         self._looks = [0] * len(self._layers)
         self._handles = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, always_call=True),
         ]
+        # partials of methods, unlike closures, still fit after deepcopy(model)
+        for stack, indices in stacks(model, self._layers):
+            see = partial(self._see, indices)
+            self._handles.append(stack.register_forward_pre_hook(see, with_kwargs=True))
         for index, layer in enumerate(self._layers):
-            # a partial of a method, unlike a closure, still fits after deepcopy(model)
             hook = partial(self._look, index)
             self._handles.append(layer.experts.register_forward_hook(hook))
 
@@ -64,14 +67,20 @@ class OutputProbe:
             handle.remove()
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tokens = tokens_by_layer(model, self._layers, args, kwargs) if self._armed else ()
-        self._valid, self._armed = [each.valid for each in tokens], False
+        self._looking, self._armed = self._armed, False
+
+    def _see(
+        self, indices: Sequence[int], stack: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        if self._looking:
+            self._valid.update(dict.fromkeys(indices, tokens_of(*args, **kwargs).valid))
 
     def _close(self, model: nn.Module, args: tuple, output: object) -> None:
-        self._valid = []  # what a checkpoint runs again during backward is not looked at
+        self._looking = False  # what a checkpoint runs again during backward is not looked at
+        self._valid = {}
 
     def _look(self, index: int, experts: nn.Module, args: tuple, output: Tensor) -> None:
-        if not self._valid:
+        if index not in self._valid:
             return
         num_experts = self._layers[index].num_experts
         hidden, chosen = self._answer.asked(args, num_experts)

@@ -97,7 +97,10 @@ def _fits(value: Any, kind: type) -> bool:
 def _group_problems(policy: Policy, num_experts: int) -> Iterator[tuple[str, str]]:
     """What is wrong with a limit on groups of experts."""
     groups, used = (policy.options.get(name, 1) for name in ("num_groups", "topk_groups"))
-    least = ROUTERS[policy.router].smallest_group if groups > 1 else 1
+    best = policy.options.get("best", 1)
+    if best < 1:
+        yield f"option best is {best}", "set best to 1 or more"
+    least = max(ROUTERS[policy.router].smallest_group, best) if groups > 1 else 1
     if groups < 1 or num_experts % groups or num_experts // groups < least:
         why = f"{num_experts} experts in {groups} groups"
         yield why, f"choose num_groups for equal groups of at least {least}"

@@ -219,9 +219,9 @@ def biased_topk_sigmoid(
 
 
 def biased_softmax_topk(
-    logits: Tensor, top_k: int, *, bias: Tensor, minimum: float = 1e-12, scale: float = 1.0
+    logits: Tensor, top_k: int, *, bias: Tensor, minimum: float = 1e-12
 ) -> Routing:
-    """Ernie 4.5: softmax scores, a bias (experts,) for the choice only, weights sum to `scale`.
+    """Ernie 4.5: softmax scores, a bias (experts,) for the choice only, weights sum to 1.
 
     minimum: a floor under the sum that weights are divided by (Ernie's moe_norm_min).
     """
@@ -229,7 +229,7 @@ def biased_softmax_topk(
     experts = (probs + bias).topk(top_k, dim=-1).indices
     weights = probs.gather(-1, experts)
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=minimum)
-    return Routing(logits, weights if scale == 1.0 else weights * scale, experts)
+    return Routing(logits, weights, experts)
 
 
 def expert_choice(logits: Tensor, top_k: int) -> Routing:

@@ -168,9 +168,13 @@ def _norms(attachment: Attachment) -> dict[str, Tensor]:
 
 
 def _router_norm(router: nn.Module) -> Tensor:
-    """The norm of all its parameters: (1,)."""
-    norms = [parameter.double().norm() for parameter in router.parameters()]
-    return torch.stack(norms).norm().reshape(1)
+    """The norm of its parameters: (1,). A selection bias is none of them: it steers, unlearnt."""
+    learning = (
+        parameter
+        for name, parameter in router.named_parameters()
+        if not name.endswith("e_score_correction_bias")
+    )
+    return torch.stack([parameter.double().norm() for parameter in learning]).norm().reshape(1)
 
 
 def _expert_norms(experts: Any) -> Tensor:

@@ -72,9 +72,9 @@ def rebalance(model: Model, attachment: Attachment, optimizer: AdamW, layers: li
         router, bias = attachment.layers[index].router, attachment.bias[index]
         for name, parameter in router.named_parameters():
             optimizer.state.pop(parameter, None)
-            if parameter.dim() > 1:
-                parameter.copy_(torch.empty(parameter.shape).normal_(std=std))
-            elif name.endswith("bias"):  # scales stay: at 0 nothing would pass them
+            if name.endswith("bias"):  # Ernie's has two axes, too
                 parameter.zero_()
+            elif parameter.dim() > 1:  # scales stay: at 0 nothing would pass them
+                parameter.copy_(torch.empty(parameter.shape).normal_(std=std))
         if bias is not None:
             bias.zero_()

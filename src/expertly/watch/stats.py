@@ -47,7 +47,7 @@ def watch_set(counts: LayerCounts, bias: Tensor | None = None) -> dict[str, Any]
 
 def layer_stats(counts: LayerCounts) -> dict[str, Tensor]:
     """The watch set per layer: (layers,) each."""
-    load, tokens = counts.load, counts.tokens.clamp(min=1).expand(len(counts.load))
+    load, tokens = counts.load, counts.tokens.clamp(min=1)
     even = load.mean(dim=-1).clamp(min=1e-12)
     chosen = counts.chosen.sum(dim=-1)
     return {
