@@ -18,9 +18,9 @@ DEBUG = "--debug"  # taken out before typer sees it, so that every verb has it
 
 def main() -> None:
     """Run `expertly ARGS` and exit with the code of the error contract (docs/errors.md)."""
-    signal.signal(signal.SIGTERM, _terminate)  # a verb that can save first sets its own
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
+        signal.signal(signal.SIGTERM, _terminate)  # a verb that can save first sets its own
         code = _run(arguments)
         sys.stdout.flush()  # a reader that left is noticed here, not in the interpreter's exit
     except KeyboardInterrupt as stopped:
