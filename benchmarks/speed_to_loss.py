@@ -120,7 +120,7 @@ def race(asked: argparse.Namespace, seed: int, length: float) -> Pair:
 
 def train(config: Path, orders: list[str]) -> None:
     """Run `expertly train` to its end, on half of the cores."""
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    threads = max(1, (os.cpu_count() or 2) // 2)
     command = [sys.executable, "-m", "expertly", "train", str(config), *orders, "--resume"]
     subprocess.run(
         command,
