@@ -1,6 +1,6 @@
 """Does an MoE reach its dense twin's final held-out loss in fewer steps, and in fewer seconds?
 
-Run: python benchmarks/speed_to_loss.py [--seeds 0 1 2] [--lengths 0.5 1 2] [key=value ...]
+Run: python benchmarks/speed_to_loss.py [key=value ...] [--seeds 0 1 2] [--lengths 0.5 1 2]
      python benchmarks/speed_to_loss.py --gpu
 Both have the same schedule, so where the MoE meets its twin's last loss its own learning rate has
 not come down yet. On a CPU the two run side by side, each on half of the cores, so that a machine
@@ -90,22 +90,23 @@ def main() -> None:
     asked.folder = asked.folder or Path(
         "runs/speed_to_loss_gpu" if asked.gpu else "runs/speed_to_loss"
     )
-    pairs = [race(asked, seed, length) for length in sorted(asked.lengths) for seed in asked.seeds]
+    config = load(TrainConfig, asked.config, [*asked.overrides, "model.twin=true", "device=cpu"])
+    prepare(config, None, lambda line: print(line, file=sys.stderr))  # so that tokens are made once
+    pairs = [
+        race(asked, seed, length, round(length * config.schedule.max_steps))
+        for length in sorted(asked.lengths)
+        for seed in asked.seeds
+    ]
     if asked.json:
         print_json([as_json(pair) for pair in pairs])
     else:
         print(as_text(pairs))
 
 
-def race(asked: argparse.Namespace, seed: int, length: float) -> Pair:
+def race(asked: argparse.Namespace, seed: int, length: float, steps: int) -> Pair:
     """Train both of a pair, or go on with them; what is finished is only read."""
     folder = asked.folder / f"seed-{seed}" / f"length-{length:g}"
-    given = [*asked.overrides, f"seed={seed}"]
-    alone = [*given, f"output_dir={folder}", "model.twin=true", "device=cpu"]
-    config = load(TrainConfig, asked.config, alone)
-    prepare(config, None, lambda line: print(line, file=sys.stderr))  # so that tokens are made once
-    steps = round(length * config.schedule.max_steps)
-    given.append(f"schedule.max_steps={steps}")
+    given = [*asked.overrides, f"seed={seed}", f"schedule.max_steps={steps}"]
     commands = {"moe": given, "twin": [*given, "model.twin=true"]}
     with ThreadPoolExecutor(max_workers=1 if asked.gpu else 2) as side_by_side:
         jobs = [
