@@ -10,6 +10,7 @@ from expertly.cli.demo import demo
 from expertly.cli.doctor import doctor
 from expertly.cli.generate import generate
 from expertly.cli.inspect import inspect
+from expertly.cli.plan import plan
 from expertly.cli.train import train
 from expertly.cli.watch import watch
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, train, watch, compare, generate, inspect, doctor):
+for verb in (demo, plan, train, watch, compare, generate, inspect, doctor):
     app.command()(verb)
 
 

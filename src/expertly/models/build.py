@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -109,6 +110,8 @@ def _unset(config: PretrainedConfig) -> list[str]:
 
 def auto_class(config: PretrainedConfig) -> Any:
     """What makes a model of a config: of a composite MoE the whole, not its decoder alone."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
     whole = config.model_type in FAMILIES and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     return AutoModelForMultimodalLM if whole else AutoModelForCausalLM
 

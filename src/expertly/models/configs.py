@@ -61,6 +61,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         why = "no config.json in it" if folder.is_dir() else "no such folder"
         raise ExpertlyError("E305", str(folder), why, fix=_name_instead(folder))
+    return read_config_file(file)
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """A config.json, whatever its name. Raises E301 and E305 as read_config does."""
     if (size := file.stat().st_size) > _LONGEST:
         why = f"{size} bytes, more than {_LONGEST}"
         raise ExpertlyError("E301", str(file), why, fix="copy the file again")

@@ -16,10 +16,10 @@ _PARTS = (
     ("shared experts", r"\.shared?_(experts?[._]|mlp\.)"),
     ("experts", EXPERTS.pattern),
     ("router", r"\.(gate|router)\.|e_score_correction_bias|(router|expert)_bias$|\.moe_statics\."),
-    ("embeddings", r"embed_tokens|\.wte\."),
+    ("embeddings", r"embed_tokens|\.wte\.|^shared\."),
     ("head", r"^lm_head\."),
     ("norms", r"norm"),
-    ("attention", r"attn|attention"),
+    ("attention", r"attn|[aA]ttention"),
     ("dense layers", r"\.mlp\.|\.feed_forward\.|\.block_sparse_moe\."),
 )
 

@@ -126,15 +126,26 @@ def check_model(folder: Path, *, verify: bool) -> bool:
     return _check_files(folder, open_config(folder), hashes=verify)
 
 
-def open_config(folder: Path) -> PretrainedConfig:
-    """The folder's config, without running any code it brings. Raises E305, E301, E306."""
+def class_config(folder: Path) -> PretrainedConfig:
+    """The folder's config, without running any code it brings. Raises E305, E301."""
     _refuse_code(folder, read_config(folder))
     with _opening(folder), _quiet():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def open_config(folder: Path) -> PretrainedConfig:
+    """The config of a folder that can be opened. Raises what class_config does, and E306."""
+    config = class_config(folder)
     if config.model_type in FAMILIES and config.is_encoder_decoder:
         what, fix = f"model_type {config.model_type!r}", "open it with transformers, then attach"
         raise ExpertlyError("E306", what, "an encoder-decoder", fix=fix)
     return config
+
+
+def skeleton(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """The folder's model without its weights, on the meta device. Raises E305."""
+    with _opening(folder), _quiet(), torch.device("meta"):
+        return auto_class(config).from_config(config, trust_remote_code=False)
 
 
 def save_model(
@@ -220,8 +231,7 @@ def _check_count(folder: Path, config: PretrainedConfig, there: int) -> None:
     Missing tensors and those of another shape are told by name later. But transformers makes
     random ones for them first, of any size: memory for them must not be asked for at all.
     """
-    with _opening(folder), _quiet(), torch.device("meta"):
-        asked = auto_class(config).from_config(config, trust_remote_code=False).num_parameters()
+    asked = skeleton(folder, config).num_parameters()
     if asked > 2 * there + _SMALL:
         why = f"config.json asks for {asked:,} parameters, the weights hold {there:,}"
         raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")

@@ -1,0 +1,296 @@
+"""A plan: every answer about one model on one kind of machine, in plain dicts that JSON can say.
+
+The page and the JSON show the same numbers. docs/plan.md says what each key means.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from expertly.plan.advice import advise
+from expertly.plan.cost import serving_cost, training_cost
+from expertly.plan.memory import kv_cache, kv_per_token
+from expertly.plan.precision import Precision, name_of, weights
+from expertly.plan.question import (
+    MOST_GPUS,
+    Question,
+    cached_share,
+    contenders,
+    gpus_needed,
+    gpus_to_train,
+    need,
+    served,
+    tokens_of,
+)
+from expertly.plan.scaling import estimate
+from expertly.plan.shape import Shape, parameters, total
+from expertly.plan.speed import Step, decode, fades_at, prefill, race, routing_tax
+from expertly.plan.touched import experts_touched
+from expertly.plan.traffic import all_to_all, offload
+from expertly.plan.training import METHODS, Layout, flops_per_token, training, training_flops
+
+Answer = dict[str, Any]
+_NODE = 8  # GPUs of one machine
+_PROMPT = 2048
+
+
+def plan(question: Question) -> Answer:
+    """Answer all of it. Raises E208 for numbers that cannot be, E202 for none."""
+    gpus = question.gpus or gpus_needed(question)
+    return {
+        **about(question.shape),
+        **sizes(question.shape, question.precision, question.kv_bits),
+        "memory": memory(question),
+        "machine": machine(question, gpus),
+        "models": [column(question, gpus, *each) for each in contenders(question)],
+        "kv_cache_against": caches(question),
+        "decode": decoding(question, gpus),
+        "offload": offloading(question),
+        "all_to_all": traffic(question, gpus),
+        "training": training_memory(question),
+        "cost": costs(question),
+        "scaling_law": scaling(question),
+        "verdict": asdict(
+            advise(
+                question.shape,
+                question.against,
+                need(question, gpus),
+                tokens=question.tuning_tokens,
+                dense_precision=question.against_precision,
+            )
+        ),
+    }
+
+
+def about(shape: Shape) -> Answer:
+    """What kind of model it is."""
+    moe = next((layer.feed_forward for layer in shape.moe_layers), None)
+    return {
+        "model": shape.name,
+        "family": shape.family,
+        "layers": len(shape.blocks),
+        "moe_layers": len(shape.moe_layers),
+        "experts": moe.experts if moe else 0,
+        "top_k": moe.top_k if moe else 0,
+        "max_context": shape.context,
+        "notes": list(shape.notes),
+    }
+
+
+def sizes(shape: Shape, precision: Precision, kv_bits: float) -> Answer:
+    """Parameters and bytes: all, and those that one token uses."""
+    count, held = total(shape), weights(shape, precision)
+    parts = {
+        part: {"total": each.total, "active": each.active, "bytes": held[part].resident}
+        for part, each in parameters(shape).items()
+    }
+    return {
+        "parameters": {"total": count.total, "active": count.active, "by_part": parts},
+        "precision": name_of(precision, shape),
+        "weights_bytes": sum(each.resident for each in held.values()),
+        "weights_bytes_touched": sum(each.touched for each in held.values()),
+        "kv_cache_elements_per_token": sum(layer.attention.cache for layer in shape.layers),
+        "kv_cache_bytes_per_token": kv_per_token(shape, kv_bits),
+    }
+
+
+def memory(question: Question) -> Answer:
+    """What serving takes on all GPUs together: resident, and touched by a decode step."""
+    held = served(question)
+    asked = {
+        "context": question.context,
+        "batch": question.batch,
+        "kv_bits": question.kv_bits,
+    }
+    parts = ("weights", "kv_cache", "activations", "dispatch", "total")
+    return asked | {part: getattr(held, part)._asdict() for part in parts}
+
+
+def machine(question: Question, gpus: int) -> Answer:
+    """What it is planned for."""
+    return {
+        "device": question.device.name,
+        "gpus": gpus,
+        "memory_bytes": question.memory,
+        "gpus_needed": gpus_needed(question),
+        "link": question.links[0].name,
+        "source": question.device.source,
+    }
+
+
+def column(question: Question, gpus: int, role: str, shape: Shape, stored: Precision) -> Answer:
+    """One model in a row of numbers, on the same GPUs as the others."""
+    run = partial(decode, context=question.context, kv_bits=question.kv_bits, gpus=gpus)
+    step = run(shape, stored, question.device, batch=question.batch, link=question.links[0])
+    first = prefill(
+        shape, stored, question.device, tokens=_PROMPT, gpus=gpus, link=question.links[0]
+    )
+    held = sizes(shape, stored, question.kv_bits)
+    parts = held["parameters"].pop("by_part")
+    cache = question.batch * kv_cache(shape, question.context, question.kv_bits)
+    return {
+        "role": role,
+        "name": shape.name,
+        **held,
+        "bytes_by_part": {part: each["bytes"] for part, each in parts.items()}
+        | {"KV cache": cache},
+        "flops_per_token": flops_per_token(shape, context=question.context),
+        "decode_tokens_per_second": step.tokens_per_second,
+        "decode_seconds": step.seconds,
+        "prefill_tokens_per_second": first.tokens_per_second,
+        "train_gpus": {method: gpus_to_train(question, shape, method) for method in METHODS},
+    }
+
+
+def caches(question: Question) -> Answer | None:
+    """How much of the named model's KV cache is saved: by make, and by bits against its 16."""
+    if question.against is None:
+        return None
+    ours, theirs = (
+        sum(layer.attention.cache for layer in shape.layers)
+        for shape in (question.shape, question.against)
+    )
+    if not theirs:
+        return None
+    return {
+        "name": question.against.name,
+        "elements_per_token": theirs,
+        "elements_saved": ours / theirs - 1,
+        "bytes_saved": ours * question.kv_bits / (theirs * 16) - 1,
+    }
+
+
+def decoding(question: Question, gpus: int) -> Answer | None:
+    """The MoE beside a dense model as the batch grows; None for a dense model alone."""
+    shape = question.shape
+    if not shape.moe_layers:
+        return None
+    _, dense, dense_precision = [*contenders(question)][-1]
+    races = race(
+        shape,
+        dense,
+        question.precision,
+        question.device,
+        dense_precision=dense_precision,
+        context=question.context,
+        kv_bits=question.kv_bits,
+        gpus=gpus,
+        link=question.links[0],
+    )
+    moe = shape.moe_layers[0].feed_forward
+    rows = [
+        {
+            "batch": each.batch,
+            "experts_touched": experts_touched(moe.experts, moe.top_k, each.batch),
+            "moe": _speed(each.moe, question, gpus),
+            "dense": _speed(each.dense, question, gpus),
+            "speed_ratio": each.ratio,
+            "bytes_ratio": each.bytes_ratio,
+            "flops_ratio": each.flops_ratio,
+        }
+        for each in races
+    ]
+    tax = routing_tax(shape, question.precision, question.device, batch=question.batch)
+    return {
+        "against": dense.name,
+        "rows": rows,
+        "fades_at": fades_at(races),
+        "routing_tax": tax,
+    }
+
+
+def _speed(step: Step, question: Question, gpus: int) -> Answer:
+    speed = step.tokens_per_second
+    cost = serving_cost(speed, question.device, gpus, question.price)
+    return {
+        "tokens_per_second": speed,
+        "seconds": step.seconds,
+        "sigma_seconds": step.sigma,
+        **asdict(cost),
+    }
+
+
+def offloading(question: Question) -> Answer | None:
+    """Decoding with the experts behind a link; None where nobody asks, or there are none."""
+    if question.offload is None or not question.shape.moe_layers:
+        return None
+    hits = question.hit_rate if question.hit_rate is not None else cached_share(question)
+    found = offload(
+        question.shape,
+        question.precision,
+        question.device,
+        question.offload,
+        hit_rate=hits,
+        batch=question.batch,
+        context=question.context,
+        kv_bits=question.kv_bits,
+    )
+    return {"link": question.offload.name, **asdict(found)}
+
+
+def traffic(question: Question, gpus: int) -> list[Answer]:
+    """All-to-all of a training step with experts spread over ranks, for every kind of link."""
+    moes = question.shape.moe_layers
+    if not moes:
+        return []
+    asked = question.layout.ep if question.layout else 1
+    asked = asked if asked > 1 else (gpus if gpus > 1 else _NODE)
+    experts = moes[0].feed_forward.experts
+    ranks = max(rank for rank in range(1, min(asked, experts) + 1) if experts % rank == 0)
+    flops = training_flops(question.shape, question.context, context=question.context)
+    cost = training_cost(flops, question.device, utilisation=question.utilisation)
+    found = [
+        all_to_all(
+            question.shape,
+            link,
+            ranks=ranks,
+            tokens=question.context,
+            compute_seconds=cost.gpu_hours * 3600,
+            backward=True,
+        )
+        for link in question.links
+    ]
+    return [{**asdict(each), "link": each.link.name, "ranks": ranks} for each in found]
+
+
+def training_memory(question: Question) -> Answer:
+    """Bytes on each GPU to train it, by what they are for."""
+    layout = question.layout or Layout(
+        fsdp=gpus_to_train(question, question.shape, question.method) or MOST_GPUS
+    )
+    held = training(
+        question.shape,
+        layout=layout,
+        method=question.method,
+        checkpointing=question.checkpointing,
+        batch=question.batch,
+        context=question.context,
+        imbalance=max(question.imbalance, 1.5),
+    )
+    return {
+        "asked": question.layout is not None or question.method != "full",
+        "method": question.method,
+        "layout": layout._asdict(),
+        "per_gpu": asdict(held) | {"total": held.total},
+        "fits": held.total <= question.memory,
+    }
+
+
+def costs(question: Question) -> Answer:
+    """Training FLOPs, hours, money and energy."""
+    flops = training_flops(question.shape, tokens_of(question), context=question.context)
+    found = training_cost(
+        flops,
+        question.device,
+        utilisation=question.utilisation,
+        gpu_hours=question.gpu_hours,
+        price=question.price,
+    )
+    return {"tokens": tokens_of(question), **asdict(found)}
+
+
+def scaling(question: Question) -> Answer | None:
+    """The scaling law's losses; None for a dense model."""
+    if not question.shape.moe_layers:
+        return None
+    return asdict(estimate(question.shape, tokens_of(question)))

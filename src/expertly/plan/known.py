@@ -1,0 +1,46 @@
+"""Models by name: the configs that come with the package, a model folder, or a config.json."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from expertly.errors import ExpertlyError, nearest
+from expertly.models.configs import read_config, read_config_file
+from expertly.plan.reading import read_shape
+from expertly.plan.shape import Shape
+
+
+@cache
+def known() -> dict[str, dict[str, Any]]:
+    """The built-in configs: what a released config.json says, as far as it is counted here."""
+    return json.loads(Path(__file__).with_name("known.json").read_text(encoding="utf-8"))
+
+
+def shape_of(name: str) -> Shape:
+    """The Shape of a built-in config. Raises E305 for a name that there is not."""
+    if name not in known():
+        why = "neither a folder, a file nor a built-in model"
+        raise ExpertlyError("E305", name, why, fix=nearest(name.lower(), known()))
+    return read_shape(known()[name], name)
+
+
+def config_of(target: str) -> tuple[str, dict[str, Any]]:
+    """A name to call it by, and the config, of a built-in model, a folder or a config.json.
+
+    Raises E305 for a target that is none of them or has an impossible value in it, E301 for a
+    file that is no JSON object.
+    """
+    path = Path(target)
+    if target in known():
+        return target, known()[target]
+    if path.is_file():
+        return (path.parent.resolve().name if path.name == "config.json" else path.stem), (
+            read_config_file(path)
+        )
+    if path.is_dir():
+        return path.resolve().name, read_config(path)
+    if target.lower() in known():
+        return target.lower(), known()[target.lower()]
+    why = "neither a folder, a file nor a built-in model"
+    raise ExpertlyError("E305", target, why, fix=nearest(target.lower(), known()))

@@ -1,0 +1,132 @@
+"""What serving a model takes: weights, KV cache, activations and dispatch buffers.
+
+Each as two numbers: what has to lie in memory, and what one decode step of the whole batch reads.
+"""
+
+from dataclasses import dataclass
+
+from expertly.errors import ExpertlyError
+from expertly.plan import precision as formats
+from expertly.plan.precision import Bytes, Precision
+from expertly.plan.shape import Layer, Shape
+
+_ACTIVATION = 2  # bytes: weights of few bits compute in half precision too
+_LOGIT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes by what they are for; `touched` of each is one decode step's."""
+
+    weights: Bytes
+    kv_cache: Bytes
+    activations: Bytes
+    dispatch: Bytes
+
+    @property
+    def total(self) -> Bytes:
+        """Everything together."""
+        parts = (self.weights, self.kv_cache, self.activations, self.dispatch)
+        return Bytes(sum(each.resident for each in parts), sum(each.touched for each in parts))
+
+
+def kv_per_token(shape: Shape, kv_bits: float = 16) -> float:
+    """Bytes that a token leaves in the KV cache of all layers, before any window is full."""
+    return sum(layer.attention.cache for layer in shape.layers) * kv_bits / 8
+
+
+def kv_cache(shape: Shape, context: float, kv_bits: float = 16) -> float:
+    """Bytes of one sequence of `context` tokens; a layer with a window keeps only so many.
+
+    kv_bits counts scales and zeros too, as the 6 bits on average of DeepSeek-V2 (section 3.2.3).
+    """
+    kept = (
+        layer.attention.cache * min(context, layer.attention.window or context)
+        for layer in shape.layers
+    )
+    return sum(kept) * kv_bits / 8
+
+
+def serving(
+    shape: Shape,
+    precision: Precision,
+    *,
+    context: int,
+    batch: int = 1,
+    kv_bits: float = 16,
+    chunk: int = 2048,
+    imbalance: float = 1.0,
+) -> Memory:
+    """Bytes to serve `batch` sequences of `context` tokens, prefilled `chunk` tokens at a time.
+
+    imbalance: how many more copies of tokens the fullest GPU gets than an average one. Attention is
+    taken as fused, without a matrix of scores. Raises E208 for numbers out of range.
+    """
+    require("--context", context, 1)
+    require("--batch", batch, 1)
+    require("--kv-bits", kv_bits, 1, 32)
+    require("--chunk", chunk, 1)
+    require("--imbalance", imbalance, 1)
+    held = formats.weights(shape, precision, batch).values()
+    cache = batch * kv_cache(shape, context, kv_bits)
+    tokens = min(chunk, batch * context)
+    return Memory(
+        weights=Bytes(sum(each.resident for each in held), sum(each.touched for each in held)),
+        kv_cache=Bytes(cache, cache),
+        activations=_activations(shape, tokens, batch),
+        dispatch=_dispatch(shape, tokens * imbalance, batch * imbalance),
+    )
+
+
+def dispatched(layer: Layer, shape: Shape) -> int:
+    """Elements per token from its copies for its experts to their answers: (assignments, ...).
+
+    The copies, what is inside the experts (gate, up and their product), and the answers.
+    """
+    moe = layer.feed_forward
+    return moe.top_k * (2 * shape.dim + inner(shape) * moe.expert_width)
+
+
+def inner(shape: Shape) -> int:
+    """How many results as wide as itself a feed-forward has: gate and up, or one, and theirs."""
+    return 3 if shape.gated else 2
+
+
+def queries(layer: Layer) -> int:
+    """Elements of a token's queries: a pair costs one multiply-add for each, and for each value."""
+    return layer.attention.pair - layer.attention.width
+
+
+def keys_and_values(layer: Layer) -> int:
+    """Elements of a token's keys and values as attention reads them: of a latent, unfolded."""
+    attention = layer.attention
+    return attention.pair if attention.absorbed else attention.cache
+
+
+def require(flag: str, value: float, least: float, most: float = 1e15) -> None:
+    """Raises E208 for a number outside its range, or none."""
+    if not least <= value <= most:
+        upto = f" to {most:g}" if most < 1e15 else ""
+        why = f"is {value:g}, expected a number from {least:g}{upto}"
+        raise ExpertlyError("E208", flag, why, fix=f"correct {flag}")
+
+
+def _activations(shape: Shape, tokens: float, batch: float) -> Bytes:
+    """The residual, the widest moment of any layer and the last position's logits."""
+    moments = [shape.dim + _widest(layer, shape) for layer in shape.layers]
+    logits = _LOGIT * shape.vocab * batch
+    resident = _ACTIVATION * tokens * max(moments, default=0) + logits
+    return Bytes(resident, _ACTIVATION * batch * sum(moments) + logits)
+
+
+def _widest(layer: Layer, shape: Shape) -> int:
+    """Elements per token beside the residual at once: in attention, or in a dense feed-forward."""
+    attending = queries(layer) + keys_and_values(layer) + layer.attention.width
+    return shape.dim + max(attending, inner(shape) * layer.feed_forward.width)
+
+
+def _dispatch(shape: Shape, tokens: float, batch: float) -> Bytes:
+    """Of one layer at a time; a step passes all of them."""
+    copies = [dispatched(layer, shape) for layer in shape.layers]
+    resident = _ACTIVATION * tokens * max(copies, default=0)
+    return Bytes(resident, _ACTIVATION * batch * sum(copies))
