@@ -124,9 +124,12 @@ def _mm(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
 
 
 def _even(rows: Tensor) -> Tensor:
-    """In half precision rows of zeros at the end, up to a multiple of 64.
+    """In half precision rows of zeros at the end, up to a power of 2 or a multiple of 64.
 
     For each new shape oneDNN builds a kernel, which takes longer than the product itself, and an
-    expert has another number of rows at every step.
+    expert has another number of rows at every step. In decoding it has one, which stays alone.
     """
-    return rows if rows.dtype.itemsize > 2 else F.pad(rows, (0, 0, 0, -len(rows) % 64))
+    if rows.dtype.itemsize > 2 or len(rows) == 0:
+        return rows
+    even = min(64, 1 << (len(rows) - 1).bit_length())
+    return F.pad(rows, (0, 0, 0, -len(rows) % even))
