@@ -1,5 +1,9 @@
-"""A small Shape made by hand."""
+"""A small Shape made by hand, and what it takes to ask for advice."""
 
+from expertly.plan.advice import Need, facts_of
+from expertly.plan.hardware import device_of
+from expertly.plan.known import shape_of
+from expertly.plan.precision import precision
 from expertly.plan.shape import Attention, FeedForward, Layer, Shape
 
 TINY = Shape(
@@ -21,3 +25,15 @@ TINY = Shape(
     head=64000,
     norms=64,
 )
+
+
+def need_for(shape, gpu="4090", gpus=1, bits=None, **changes):
+    device = device_of(gpu)
+    settings = {"memory": device.memory, "gpus": gpus} | changes
+    return Need(device=device, precision=precision(shape, None, bits), **settings)
+
+
+def facts(name="mixtral-8x7b", *machine, vs=None, tokens=None, bits=None, **changes):
+    shape = shape_of(name)
+    need = need_for(shape, *machine, bits=bits, **changes)
+    return facts_of(shape, shape_of(vs) if vs else None, need, tokens=tokens)

@@ -181,7 +181,10 @@ def test_options_are_in_order_and_none_beats_another(name, gpu, memory, gpus, ba
         assert not [
             other
             for other in found[:place]
-            if other.gpus <= way.gpus and other.tokens_per_second >= way.tokens_per_second
+            if way.flags
+            and other.gpus <= way.gpus
+            and other.quality <= way.quality
+            and other.tokens_per_second >= way.tokens_per_second
         ]
 
 
@@ -193,6 +196,6 @@ def test_numbers_out_of_range_are_e208(wrong):
 
 
 def test_a_hit_rate_that_is_no_share_is_e208():
-    with pytest.raises(ExpertlyError, match="hit rate") as error:
+    with pytest.raises(ExpertlyError, match="hit-rate") as error:
         options(MIXTRAL, need_for(hit_rate=1.5))
     assert error.value.code == "E208"

@@ -39,8 +39,8 @@ def table(rows: list[list[str]]) -> str:
 
 
 def number(count: float) -> str:
-    """A count for people: 1.78 B, 12.3 M, 4,096."""
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if count >= size:
+    """A count for people: 1.5 T, 1.78 B, 12.3 M, 4,096."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if count >= 0.9995 * size:  # what rounds up to it, too
             return f"{count / size:.3g} {unit}"
     return f"{count:,.0f}"

@@ -1,5 +1,6 @@
 """expertly plan: will it fit, how fast, what does it cost, MoE or dense?"""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,11 +111,14 @@ def plan(
         from expertly.plan.plot import draw
 
         draw(found, plot)
+    pages = [page(found)]
     if measure:
-        from expertly.cli.plan_more import measured
+        from expertly.cli.plan_more import measured, measured_page
 
-        found["measured"] = measured(model, question.shape, asked)
+        result = measured(model, question.shape, asked)
+        found["measured"] = asdict(result)
+        pages.append(measured_page(result))
     if json:
         print_json(found)
     else:
-        typer.echo(page(found))
+        typer.echo("\n\n".join(pages))

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from expertly.cli.options import number, print_json, table
 from expertly.cli.plan_page import device_name, size, speed
 from expertly.plan.shape import Shape
+
+if TYPE_CHECKING:
+    from expertly.bench.measured import Measurement
 
 
 def print_fits(asked: Mapping[str, Any], json: bool) -> None:
@@ -54,19 +57,25 @@ def map_all(records: Any) -> list[dict[str, Any]]:
     ]
 
 
-def measured(model: str, shape: Shape, asked: Mapping[str, Any]) -> dict[str, Any]:
+def measured(model: str, shape: Shape, asked: Mapping[str, Any]) -> "Measurement":
     """What this machine does with the model, beside what was predicted of it."""
     from expertly.bench.measure import measure
     from expertly.plan.known import config_of
     from expertly.plan.units import bytes_of
 
-    limit = bytes_of(asked["memory"], "--memory") if asked["memory"] else None
-    found = measure(
+    return measure(
         Path(model),
         config_of(model)[1],
         shape,
         dtype=asked["dtype"],
-        memory=limit,
+        memory=bytes_of(asked["memory"], "--memory") if asked["memory"] else None,
         tell=lambda line: typer.echo(line, err=True),
     )
-    return asdict(found)
+
+
+def measured_page(found: "Measurement") -> str:
+    """Its tables, and what to know about them."""
+    from expertly.bench.measured import tables
+
+    shown = [f"{each.title}\n{table(each.rows)}" for each in tables(found)]
+    return "\n\n".join([*shown, *(f"! {note}" for note in found.notes)])

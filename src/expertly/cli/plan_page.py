@@ -217,7 +217,7 @@ def _verdict(found: Answer) -> str:
     lines = [f"verdict: {said['choice']}. {said['summary']}"]
     lines += [f"- {reason}" for reason in said["reasons"]]
     if said["options"]:
-        rows = [["to make it fit", "memory", "GPUs", "tok/s", "points lost"]]
+        rows = [["ways to run it", "memory", "GPUs", "tok/s", "points lost"]]
         rows += [_option(each) for each in said["options"][:_OPTIONS]]
         lines += ["", table(rows)]
     return "\n".join(lines)
@@ -241,12 +241,8 @@ def device_name(machine: Answer) -> str:
 def size(count: float) -> str:
     """Bytes for people: 93.4 GB, 131 kB."""
     for unit, least in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= least:
-            return (
-                f"{count / least:.3g} {unit}"
-                if count < 1e3 * least
-                else f"{count / least:,.0f} {unit}"
-            )
+        if count >= 0.9995 * least:  # what rounds up to it, too
+            return f"{count / least:.3g} {unit}"
     return f"{count:.0f} B"
 
 

@@ -54,7 +54,10 @@ def shape_of_target(target: str) -> Shape:
         return read_shape(config, name)
     from expertly.models.count import count_parameters
 
-    counted = count_parameters(config)
+    try:
+        counted = count_parameters(config)
+    except ExpertlyError as error:  # names the folder that it is built in
+        raise ExpertlyError(error.code, target, error.why, fix=error.fix) from error
     return shape_of_counts(config, name, counted.layers, counted.rest)
 
 

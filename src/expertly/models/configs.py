@@ -70,9 +70,14 @@ def read_config_file(file: Path) -> dict[str, Any]:
         why = f"{size} bytes, more than {_LONGEST}"
         raise ExpertlyError("E301", str(file), why, fix="copy the file again")
     config = read_json(file)
-    for why in _impossible(config):
-        raise ExpertlyError("E305", str(file), why, fix="correct config.json")
+    check_values(config, str(file))
     return config
+
+
+def check_values(config: dict[str, Any], what: str) -> None:
+    """Raises E305 for an impossible value in a config, which is called `what`."""
+    for why in _impossible(config):
+        raise ExpertlyError("E305", what, why, fix="correct config.json")
 
 
 def check_kinds(folder: Path) -> None:

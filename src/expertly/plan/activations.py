@@ -16,10 +16,11 @@ def saved(shape: Shape, width: int, *, tp: int = 1, checkpointing: bool = False)
     Checkpointing keeps each layer's input, and all of the one that is being computed again.
     """
     last = shape.dim * (_FLOAT + 2 * width)  # the norm before the head
-    layers = [_of_layer(layer, shape, width, tp) for layer in shape.blocks]
+    kinds = shape.kinds
+    layers = {layer: _of_layer(layer, shape, width, tp) for layer in kinds}
     if not checkpointing:
-        return last + sum(layers)
-    return last + len(layers) * shape.dim * width + max(layers, default=0)
+        return last + sum(kinds[layer] * size for layer, size in layers.items())
+    return last + len(shape.blocks) * shape.dim * width + max(layers.values(), default=0)
 
 
 def dispatched(
@@ -32,11 +33,15 @@ def dispatched(
     imbalance: float = 1.0,
 ) -> float:
     """Bytes for a token's copies: of all layers, or of one; with ep > 1 also what is sent."""
-    layers = [_copies(layer, shape, ep, tp) for layer in shape.blocks]
-    kept = max(layers, default=0) if checkpointing else sum(layers)
+    kinds = shape.kinds
+    layers = {layer: _copies(layer, shape, ep, tp) for layer in kinds}
+    if checkpointing:
+        kept = max(layers.values(), default=0)
+    else:
+        kept = sum(kinds[layer] * copies for layer, copies in layers.items())
     if ep == 1:
         return kept * width
-    sent = max((layer.feed_forward.top_k for layer in shape.blocks), default=0) * 2 * shape.dim
+    sent = max((layer.feed_forward.top_k for layer in kinds), default=0) * 2 * shape.dim
     return (kept * imbalance + sent / tp) * width
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal
 
 from expertly.plan import scaling
+from expertly.plan.memory import require
 from expertly.plan.options import Need, Option, asked, options, per_gpu
 from expertly.plan.precision import FORMATS, Precision
 from expertly.plan.reasons import LEAD, RULES, Facts, Reason, billions, gb, number, place, usable
@@ -77,6 +78,8 @@ def facts_of(
     dense_precision: Precision | None = None,
 ) -> Facts:
     """All that the rules look at. The arguments are those of `advise`."""
+    held = asked(shape, need)  # first, as it refuses what cannot be
+    require("fine-tuning tokens", 1 if tokens is None else tokens, 1)
     stored = dense_precision or {**need.precision, "dense layers": need.precision["experts"]}
     law = scaling.estimate(shape, _TOKENS_PER_ACTIVE * total(shape).active)
     rated = dense and total(dense).total >= law.dense_equal_loss
@@ -102,7 +105,7 @@ def facts_of(
         shape=shape,
         need=need,
         tokens=tokens,
-        held=asked(shape, need),
+        held=held,
         ways=options(shape, need),
         tax=routing_tax(shape, need.precision, need.device, context=need.context),
         worth=law.dense_equal_loss,

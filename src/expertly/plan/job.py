@@ -36,7 +36,8 @@ _PROMPT = 2048
 
 def plan(question: Question) -> Answer:
     """Answer all of it. Raises E208 for numbers that cannot be, E202 for none."""
-    gpus = question.gpus or gpus_needed(question)
+    # experts are put elsewhere where more devices are not to be had
+    gpus = question.gpus or (1 if question.offload else gpus_needed(question))
     return {
         **about(question.shape),
         **sizes(question.shape, question.precision, question.kv_bits),
@@ -87,8 +88,8 @@ def sizes(shape: Shape, precision: Precision, kv_bits: float) -> Answer:
     return {
         "parameters": {"total": count.total, "active": count.active, "by_part": parts},
         "precision": name_of(precision, shape),
-        "weights_bytes": sum(each.resident for each in held.values()),
-        "weights_bytes_touched": sum(each.touched for each in held.values()),
+        "weights_bytes": round(sum(each.resident for each in held.values())),
+        "weights_bytes_touched": round(sum(each.touched for each in held.values())),
         "kv_cache_elements_per_token": sum(layer.attention.cache for layer in shape.layers),
         "kv_cache_bytes_per_token": kv_per_token(shape, kv_bits),
     }

@@ -32,7 +32,8 @@ class Memory:
 
 def kv_per_token(shape: Shape, kv_bits: float = 16) -> float:
     """Bytes that a token leaves in the KV cache of all layers, before any window is full."""
-    return sum(layer.attention.cache for layer in shape.layers) * kv_bits / 8
+    kept = (many * layer.attention.cache for layer, many in shape.decoder.kinds.items())
+    return sum(kept) * kv_bits / 8
 
 
 def kv_cache(shape: Shape, context: float, kv_bits: float = 16) -> float:
@@ -41,8 +42,8 @@ def kv_cache(shape: Shape, context: float, kv_bits: float = 16) -> float:
     kv_bits counts scales and zeros too, as the 6 bits on average of DeepSeek-V2 (section 3.2.3).
     """
     kept = (
-        layer.attention.cache * min(context, layer.attention.window or context)
-        for layer in shape.layers
+        many * layer.attention.cache * min(context, layer.attention.window or context)
+        for layer, many in shape.decoder.kinds.items()
     )
     return sum(kept) * kv_bits / 8
 
@@ -113,10 +114,12 @@ def require(flag: str, value: float, least: float, most: float = 1e15) -> None:
 
 def _activations(shape: Shape, tokens: float, batch: float) -> Bytes:
     """The residual, the widest moment of any layer and the last position's logits."""
-    moments = [shape.dim + _widest(layer, shape) for layer in shape.layers]
+    kinds = shape.decoder.kinds
+    moments = {layer: shape.dim + _widest(layer, shape) for layer in kinds}
     logits = _LOGIT * shape.vocab * batch
-    resident = _ACTIVATION * tokens * max(moments, default=0) + logits
-    return Bytes(resident, _ACTIVATION * batch * sum(moments) + logits)
+    resident = _ACTIVATION * tokens * max(moments.values(), default=0) + logits
+    passed = sum(kinds[layer] * moment for layer, moment in moments.items())
+    return Bytes(resident, _ACTIVATION * batch * passed + logits)
 
 
 def _widest(layer: Layer, shape: Shape) -> int:
@@ -127,6 +130,8 @@ def _widest(layer: Layer, shape: Shape) -> int:
 
 def _dispatch(shape: Shape, tokens: float, batch: float) -> Bytes:
     """Of one layer at a time; a step passes all of them."""
-    copies = [dispatched(layer, shape) for layer in shape.layers]
-    resident = _ACTIVATION * tokens * max(copies, default=0)
-    return Bytes(resident, _ACTIVATION * batch * sum(copies))
+    kinds = shape.decoder.kinds
+    copies = {layer: dispatched(layer, shape) for layer in kinds}
+    resident = _ACTIVATION * tokens * max(copies.values(), default=0)
+    passed = sum(kinds[layer] * each for layer, each in copies.items())
+    return Bytes(resident, _ACTIVATION * batch * passed)

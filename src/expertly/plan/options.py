@@ -10,7 +10,7 @@ from math import inf
 from typing import NamedTuple
 
 from expertly.plan.hardware import Device, Link, links
-from expertly.plan.memory import Memory, serving
+from expertly.plan.memory import Memory, require, serving
 from expertly.plan.precision import Bytes, Precision, name_of, precision, weights
 from expertly.plan.quality import quality
 from expertly.plan.shape import Shape
@@ -69,18 +69,25 @@ class _Layout(NamedTuple):
 def options(shape: Shape, need: Need) -> tuple[Option, ...]:
     """Sensible ways to run a model: on the GPUs at hand first, then on more of them.
 
-    Each ranked by quality loss, then speed. Left out is what another beats, which takes no more
-    GPUs, loses no more quality and is about as fast. Raises E208 as `memory.serving` does.
+    Each ranked by quality loss, then speed. Left out, unless it is the model as asked for, is what
+    another beats, which takes no more GPUs, loses no more quality and is about as fast. Raises
+    E208 for numbers out of range.
     """
     kept: list[Option] = []
     for option in sorted(_all(shape, need), key=lambda option: _rank(option, need)):
-        if not any(_beats(other, option) for other in kept):
+        if not option.flags or not any(_beats(other, option) for other in kept):
             kept.append(option)
     return tuple(kept)
 
 
 def asked(shape: Shape, need: Need) -> Memory:
-    """Bytes of the model as it is asked for, on all GPUs together."""
+    """Bytes of the model as it is asked for, on all GPUs together.
+
+    Raises E208 for numbers out of range.
+    """
+    require("--gpus", need.gpus, 1)
+    require("--memory", need.memory, 1)
+    require("--hit-rate", need.hit_rate or 0.0, 0, 1)
     return _held(shape, need, need.precision)
 
 

@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from expertly.errors import ExpertlyError, nearest
@@ -102,11 +101,11 @@ def weights(shape: Shape, precision: Precision, batch: float = 1) -> dict[str, B
 def _read(shape: Shape, batch: float) -> dict[str, float]:
     """Weights that one decode step reads, by part."""
     read = dict.fromkeys(PARTS, 0.0)
-    decoder = replace(shape, encoder=())  # ran once, on the source
+    decoder = shape.decoder
     read.update({part: count.total for part, count in parameters(decoder).items()})
-    moes = [layer.feed_forward for layer in shape.layers]
+    moes = [(layer.feed_forward, many) for layer, many in decoder.kinds.items()]
     read["experts"] = sum(
-        experts_touched(moe.experts, moe.top_k, batch) * moe.expert for moe in moes
+        many * experts_touched(moe.experts, moe.top_k, batch) * moe.expert for moe, many in moes
     )
     if shape.head:
         read["embeddings"] = min(batch * shape.dim, shape.embeddings)

@@ -111,4 +111,5 @@ def need(question: Question, gpus: int) -> Need:
         kv_bits=question.kv_bits,
         hit_rate=question.hit_rate,
         link=question.links[0],
+        offload=question.offload,
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from expertly.families import Sizes, decoder, family_of, moe_layer_indices, sizes
+from expertly.models.configs import check_values
 from expertly.plan.makes import MAKES, Make
 from expertly.plan.numbers import whole, wrong
 from expertly.plan.shape import Attention, FeedForward, Layer, Shape
@@ -22,15 +23,13 @@ WINDOWS: dict[str, Callable[[int, Config], bool]] = {
     "all": lambda layer, config: config.get("use_sliding_window") is not False,
     "even": lambda layer, config: layer % 2 == 0,
     "all but every sixth": lambda layer, config: (
-        (layer + 1) % config.get("sliding_window_pattern", 6) != 0
+        (layer + 1) % whole(config, "sliding_window_pattern", default=6) != 0
     ),
     "beyond": lambda layer, config: (
-        bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 28)
+        bool(config.get("use_sliding_window")) and layer >= _windows_from(config)
     ),
     "even before": lambda layer, config: (
-        bool(config.get("use_sliding_window"))
-        and layer % 2 == 0
-        and layer < config.get("max_window_layers", 28)
+        bool(config.get("use_sliding_window")) and layer % 2 == 0 and layer < _windows_from(config)
     ),
 }
 
@@ -49,7 +48,7 @@ def read_shape(config: Config, name: str) -> Shape:
     make = MAKES[config["model_type"]]
     config = with_defaults(config, make)
     dim, vocab = whole(config, "hidden_size"), whole(config, "vocab_size")
-    layers = tuple(
+    made = (
         Layer(
             attention=attention(config, make, index),
             feed_forward=network,
@@ -57,6 +56,8 @@ def read_shape(config: Config, name: str) -> Shape:
         )
         for index, network in enumerate(_networks(config, make))
     )
+    kinds: dict[Layer, Layer] = {}  # equal layers become one object, which compares at once
+    layers = tuple(kinds.setdefault(layer, layer) for layer in made)
     tied = bool(config.get("tie_word_embeddings"))
     bias = vocab * on(config, make.head_bias)
     return Shape(
@@ -81,6 +82,8 @@ def shape_of_counts(
     What no count says, caches and windows, is read as the common keys say it: a layer that
     is called anything else than an attention keeps no cache that grows. Raises E305.
     """
+    if not layers:
+        raise wrong("no layers are found by num_hidden_layers")
     said = decoder(config)
     dim, vocab = whole(said, "hidden_size"), whole(said, "vocab_size")
     make = Make(window="all")
@@ -123,6 +126,8 @@ def _cached(said: Config, make: Make, layer: int) -> Attention:
 def _counted(counts: Mapping[str, int], seen: Attention, inner: FeedForward) -> Layer:
     """A layer with counted parameters, and sizes as they were read."""
     experts = counts.get("experts", 0)
+    if experts and not inner.experts:
+        raise wrong("it has experts, but does not say how many")
     network = FeedForward(
         dense=counts.get("dense layers", 0),
         shared=counts.get("shared experts", 0),
@@ -210,10 +215,16 @@ def window(config: Config, make: Make, layer: int) -> int | None:
     return whole(config, "sliding_window") if said else None
 
 
+def _windows_from(config: Config) -> int:
+    return whole(config, "max_window_layers", default=28, least=0)
+
+
 def _networks(config: Config, make: Make) -> list[FeedForward]:
     """The feed-forward network of each layer."""
     number = whole(config, "num_hidden_layers", most=10_000)
     config = {**config, "model_type": make.experts_as or config["model_type"]}
+    if make.experts_as:  # a row that reading the file did not know of
+        check_values(config, "config.json")
     has_experts = family_of(config) is not None
     moe = set(moe_layer_indices(config)) if has_experts else set()
     inner = _experts(config, make, sizes(config)) if has_experts else FeedForward()

@@ -6,7 +6,6 @@ are for dense: the model cannot be held, or something dense is simply the better
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import Literal, NamedTuple
 
 from expertly.plan.memory import Memory
@@ -151,8 +150,8 @@ def several_gpus(facts: Facts) -> Reason | None:
         return None
     gpus = f"{ours} GPUs" if ours else "more than 64 GPUs"
     text = f"as asked {facts.named.name} runs on one GPU, the MoE takes {gpus}"
-    if facts.as_good and facts.fits and facts.here.ratio < (ours or inf) / facts.need.gpus:
-        return Reason("dense", f"{text} and makes no more tokens/s with each", decides=True)
+    if facts.as_good and facts.fits and facts.here.ratio < LEAD:
+        return Reason("dense", f"{text} and is no faster at this batch", decides=True)
     return Reason("dense", text)
 
 

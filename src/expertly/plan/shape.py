@@ -7,6 +7,7 @@ models/count.py counts the parts of a family that has no formulas here.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 # the parts of a model, as inspect calls them, in the order of a token's way through it
@@ -94,29 +95,42 @@ class Shape:
         """Whether the head is the embeddings again."""
         return self.head < self.vocab * self.dim
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[Layer, ...]:
         """All layers, the encoder's too."""
         return self.encoder + self.layers
 
-    @property
+    @cached_property
     def moe_layers(self) -> tuple[Layer, ...]:
         """Those with routed experts."""
         return tuple(layer for layer in self.blocks if layer.feed_forward.experts)
 
+    @cached_property
+    def kinds(self) -> Mapping[Layer, int]:
+        """Its blocks, equal ones as one, with how many there are: sums over these are quick."""
+        return Counter(self.blocks)
+
+    @cached_property
+    def decoder(self) -> "Shape":
+        """It without an encoder, which runs once on a source."""
+        return replace(self, encoder=()) if self.encoder else self
+
+    @cached_property
+    def counts(self) -> Mapping[str, Count]:
+        """What `parameters` gives."""
+        parts = Counter[str](embeddings=self.embeddings, head=self.head)
+        parts.update(norms=self.norms, other=self.other)
+        idle = Counter[str]()
+        for layer, many in self.kinds.items():
+            moe = layer.feed_forward
+            idle["experts"] += many * (moe.experts - moe.top_k) * moe.expert
+            parts.update({part: many * held for part, held in _layer_parts(layer).items()})
+        return {part: Count(parts[part], parts[part] - idle[part]) for part in PARTS if parts[part]}
+
 
 def parameters(shape: Shape) -> dict[str, Count]:
     """Parameters by part. Active is all but the experts that a token is not sent to."""
-    parts = Counter[str](embeddings=shape.embeddings, head=shape.head)
-    parts.update(norms=shape.norms, other=shape.other)
-    active = Counter[str](parts)
-    for layer in shape.blocks:
-        held = _layer_parts(layer)
-        parts.update(held)
-        active.update(held)
-        idle = layer.feed_forward.experts - layer.feed_forward.top_k
-        active["experts"] -= idle * layer.feed_forward.expert
-    return {part: Count(parts[part], active[part]) for part in PARTS if parts[part]}
+    return dict(shape.counts)
 
 
 def total(shape: Shape) -> Count:
@@ -132,11 +146,12 @@ def rival(shape: Shape, *, memory: bool) -> Shape:
     experts have (equal memory); the router goes.
     """
     what = "all its parameters" if memory else "its active parameters"
+    dense = {layer: _dense(layer, memory) for layer in shape.kinds}
     return replace(
         shape,
         name=f"dense, {what}",
-        layers=tuple(_dense(layer, memory) for layer in shape.layers),
-        encoder=tuple(_dense(layer, memory) for layer in shape.encoder),
+        layers=tuple(dense[layer] for layer in shape.layers),
+        encoder=tuple(dense[layer] for layer in shape.encoder),
         stored=None,
         notes=(),
     )

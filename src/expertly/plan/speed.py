@@ -75,10 +75,12 @@ def decode(
     gpus share every layer (tensor parallel) over `link`, by default the device's own. overhead:
     seconds per layer for launching kernels; None: so many kernels, by the device's figure.
     """
-    decoder = replace(shape, encoder=())
+    decoder = shape.decoder
     work = _weights(decoder, precision, device, tokens=batch, heads=batch)
-    attentions = [layer.attention for layer in decoder.layers]
-    pairs = sum((each.absorbed or each.pair) * _seen(context, each.window) for each in attentions)
+    seen = [(layer.attention, many) for layer, many in decoder.kinds.items()]
+    pairs = sum(
+        many * (each.absorbed or each.pair) * _seen(context, each.window) for each, many in seen
+    )
     cache = batch * kv_cache(decoder, context, kv_bits)
     work["kv cache"] = _Work(cache, 2.0 * batch * pairs, flops_at(device, "bf16"))
     step = _step(decoder, work, device, gpus, batch)
@@ -101,12 +103,12 @@ def prefill(
     A token looks back at half of its prompt on average, or at its window; an encoder's looks at
     all. Only a prompt's last token has its logits computed. The rest is as in `decode`.
     """
-    source = replace(shape, layers=shape.encoder or shape.layers, encoder=())
+    source = replace(shape, layers=shape.encoder, encoder=()) if shape.encoder else shape
     heads = 0 if shape.encoder else batch
     work = _weights(source, precision, device, tokens=tokens * batch, heads=heads)
     pairs = sum(
-        layer.attention.pair * (tokens if shape.encoder else _looked_back(layer, tokens))
-        for layer in source.layers
+        many * layer.attention.pair * (tokens if shape.encoder else _looked_back(layer, tokens))
+        for layer, many in source.kinds.items()
     )
     written = 0.0 if shape.encoder else batch * kv_cache(source, tokens)
     work["kv cache"] = _Work(written, 2.0 * batch * tokens * pairs, flops_at(device, "bf16"))
@@ -222,9 +224,11 @@ def _sigma(shape: Shape, work: dict[str, _Work], device: Device, gpus: int, toke
     bandwidth = device.bandwidth * gpus
     if not experts or experts.bytes / bandwidth < experts.flops / (experts.rate * gpus):
         return 0.0
-    moes = [layer.feed_forward for layer in shape.layers]
-    touched = sum(moe.expert * experts_touched(moe.experts, moe.top_k, tokens) for moe in moes)
-    spread = sum((moe.expert * touched_spread(moe.experts, moe.top_k, tokens)) ** 2 for moe in moes)
+    touched = spread = 0.0
+    for layer, many in shape.kinds.items():
+        moe = layer.feed_forward
+        touched += many * moe.expert * experts_touched(moe.experts, moe.top_k, tokens)
+        spread += many * (moe.expert * touched_spread(moe.experts, moe.top_k, tokens)) ** 2
     return sqrt(spread) / touched * experts.bytes / bandwidth
 
 
@@ -239,8 +243,7 @@ def _with_costs(
 ) -> Step:
     """The step with what every layer costs beside its work: launches, and all-reduces."""
     layers = len(shape.layers)
-    moes = sum(bool(layer.feed_forward.experts) for layer in shape.layers)
-    kernels = device.kernel * (_KERNELS * layers + _MOE_KERNELS * moes)
+    kernels = device.kernel * (_KERNELS * layers + _MOE_KERNELS * len(shape.moe_layers))
     costs = {"overhead": kernels if overhead is None else overhead * layers}
     if gpus > 1:
         reduced = step.tokens * shape.dim * _ACTIVATION

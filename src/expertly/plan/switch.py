@@ -44,7 +44,7 @@ def _stack(config: Config, layers: int, sparse_key: str, attentions: int) -> tup
     """One of the two stacks; the decoder's layers have a second attention, to the source."""
     dim, heads = whole(config, "d_model"), whole(config, "num_heads")
     inner = heads * whole(config, "d_kv")
-    sparse = whole({sparse_key: config.get(sparse_key, 3)}, sparse_key, least=0)
+    sparse = whole(config, sparse_key, default=3, least=0)
     step = layers // sparse if sparse else layers
     attention = Attention(
         weights=attentions * 4 * dim * inner,
@@ -52,7 +52,7 @@ def _stack(config: Config, layers: int, sparse_key: str, attentions: int) -> tup
         cache=2 * inner if attentions == 2 else 0,
         pair=2 * inner,
     )
-    buckets = heads * config.get("relative_attention_num_buckets", 32)
+    buckets = heads * whole(config, "relative_attention_num_buckets", default=32)
     first = Attention(**{**vars(attention), "weights": attention.weights + buckets})
     return tuple(
         Layer(

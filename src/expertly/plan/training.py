@@ -117,8 +117,8 @@ def flops_per_token(shape: Shape, *, context: int, batch_of: str = "forward") ->
     products = sum(active.values()) - active.get("embeddings", 0) - active.get("norms", 0)
     products += 0 if shape.head else shape.vocab * shape.dim
     looks = sum(
-        layer.attention.pair * _looks_back(layer.attention.window, context)
-        for layer in shape.blocks
+        many * layer.attention.pair * _looks_back(layer.attention.window, context)
+        for layer, many in shape.kinds.items()
     )
     return 2 * (products + looks) * {"forward": 1, "training": 3}[batch_of]
 
@@ -136,7 +136,7 @@ def _check(shape: Shape, layout: Layout, method: str) -> None:
     for name, ways in layout._asdict().items():
         require(f"--{name}", ways, 1)
     ep, why = layout.ep, ""
-    counts = {layer.feed_forward.experts for layer in shape.moe_layers}
+    counts = {layer.feed_forward.experts for layer in shape.kinds}
     if ep > 1 and ep % layout.tp:
         why = f"is {ep}, which is no multiple of --tp {layout.tp}"
     elif layout.world % ep:
@@ -150,10 +150,11 @@ def _check(shape: Shape, layout: Layout, method: str) -> None:
 def _whole(shape: Shape, method: str, rank: int, mixed: bool) -> _Held:
     """The whole model."""
     base = _base(shape, method, mixed)
-    held = [_root(shape, method, base)]
-    for layer in shape.blocks:
-        held.extend(_of_layer(layer, shape, method, rank, base))
-    return _Held(sum(each.frozen for each in held), sum(each.trained for each in held))
+    held = [(_root(shape, method, base), 1)]
+    for layer, many in shape.kinds.items():
+        held.extend((each, many) for each in _of_layer(layer, shape, method, rank, base))
+    frozen = sum(many * each.frozen for each, many in held)
+    return _Held(frozen, sum(many * each.trained for each, many in held))
 
 
 def _base(shape: Shape, method: str, mixed: bool) -> Precision:
@@ -213,7 +214,7 @@ def _gathered(shape: Shape, layout: Layout, method: str, rank: int, mixed: bool)
     dense, experts = layout.fsdp > 1, layout.world > ways
     root = _root(shape, method, base)
     peak = 0.0
-    for layer in set(shape.blocks):
+    for layer in shape.kinds:
         beside, routed = _of_layer(layer, shape, method, rank, base)
         here = dense * _together(beside, width, 2) / layout.tp
         peak = max(peak, here + experts * _together(routed, width, 2) / ways)
