@@ -48,7 +48,10 @@ def require_family(config: Mapping[str, Any]) -> Family:
 def decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that the family's keys are in: all of it, or a composite's decoder."""
     row = FAMILIES.get(config.get("model_type", ""))
-    if row is None or row.nested is None:
+    if row is None:  # a dense composite has its decoder's config where most have it
+        text = config.get("text_config")
+        return text if isinstance(text, dict) and "hidden_size" not in config else config
+    if row.nested is None:
         return config
     inner = config.get(row.nested)
     return inner if isinstance(inner, dict) else {}

@@ -1,10 +1,12 @@
 """A small Shape made by hand, and what it takes to ask for advice."""
 
+from dataclasses import replace
+
 from expertly.plan.advice import Need, facts_of
-from expertly.plan.hardware import device_of
+from expertly.plan.hardware import device_of, link_of
 from expertly.plan.known import shape_of
 from expertly.plan.precision import precision
-from expertly.plan.shape import Attention, FeedForward, Layer, Shape
+from expertly.plan.shape import Attention, FeedForward, Layer, Shape, total
 
 TINY = Shape(
     name="tiny",
@@ -27,8 +29,10 @@ TINY = Shape(
 )
 
 
-def need_for(shape, gpu="4090", gpus=1, bits=None, **changes):
+def need_for(shape, gpu="4090", gpus=1, bits=None, host_link=None, **changes):
     device = device_of(gpu)
+    if host_link:
+        device = replace(device, host_link=link_of(host_link))
     settings = {"memory": device.memory, "gpus": gpus} | changes
     return Need(device=device, precision=precision(shape, None, bits), **settings)
 
@@ -36,4 +40,11 @@ def need_for(shape, gpu="4090", gpus=1, bits=None, **changes):
 def facts(name="mixtral-8x7b", *machine, vs=None, tokens=None, bits=None, **changes):
     shape = shape_of(name)
     need = need_for(shape, *machine, bits=bits, **changes)
-    return facts_of(shape, shape_of(vs) if vs else None, need, tokens=tokens)
+    trained = usual_tokens(shape)
+    dense = shape_of(vs) if vs else None
+    return facts_of(shape, dense, need, train_tokens=trained, tokens=tokens)
+
+
+def usual_tokens(shape):
+    """20 for every active parameter."""
+    return 20 * total(shape).active

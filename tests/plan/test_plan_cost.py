@@ -1,15 +1,18 @@
 """Money and energy: DeepSeek-V3's training, implied utilisation, a million tokens."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from expertly.errors import ExpertlyError
 from expertly.plan.cost import UTILISATION, serving_cost, training_cost
-from expertly.plan.hardware import Device, device_of
+from expertly.plan.hardware import Device, Link, device_of
 from expertly.plan.known import shape_of
 from expertly.plan.training import training_flops
 
+WIRE = Link(name="wire", bandwidth=1e9)
 GPU = Device(
     name="gpu",
     memory=8e10,
@@ -17,12 +20,11 @@ GPU = Device(
     flops={"bf16": 1e15, "fp8": 2e15},
     watts=500,
     usd_per_hour=2.0,
-    link="a",
-    host_link="b",
+    link=WIRE,
+    host_link=WIRE,
+    network=WIRE,
 )
-BARE = Device(
-    name="bare", memory=1e10, bandwidth=1e11, flops={"bf16": 1e12}, link="a", host_link="b"
-)
+BARE = replace(GPU, flops={"bf16": 1e12}, watts=None, usd_per_hour=None)
 
 
 def test_deepseek_v3_cost_5_576_million_dollars():

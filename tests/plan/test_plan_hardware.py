@@ -1,12 +1,26 @@
 """The hardware table: complete, sourced, and correctable line by line."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from expertly.errors import ExpertlyError
-from expertly.plan.hardware import Device, device_of, devices, flops_at, link_of, links
+from expertly.plan.advice import advise
+from expertly.plan.hardware import (
+    Device,
+    between,
+    device_of,
+    devices,
+    flops_at,
+    link_of,
+    links,
+)
+from expertly.plan.known import shape_of
+from expertly.plan.options import Need, options
+from expertly.plan.precision import precision
+from expertly.plan.speed import decode
 
 NAMES = ["h100", "h800", "h200", "a100-80gb", "a100-40gb", "4090", "3090", "l4", "mi300x"]
 NAMES += ["m4-max", "m3-ultra", "cpu"]
@@ -23,7 +37,8 @@ def test_every_device_and_link_names_itself_its_source_and_links_that_there_are(
     for name, device in devices().items():
         assert device.name == name
         assert len(device.source) > 15
-        assert {device.link, device.host_link} <= set(links())
+        ends = (device.link, device.network, device.host_link)
+        assert all(links()[end.name] == end for end in ends)
     for name, link in links().items():
         assert (link.name, bool(link.source)) == (name, True)
 
@@ -48,7 +63,7 @@ def test_rates_are_dense_ones():
     assert flops_at(device_of("h100"), "bf16") == 989e12
     assert flops_at(device_of("l4"), "bf16") == 121e12
     assert link_of("nvlink4").bandwidth == 450e9, "900 GB/s is both directions"
-    assert link_of(device_of("h800").link).bandwidth == 200e9
+    assert device_of("h800").link.bandwidth == 200e9
 
 
 @pytest.mark.parametrize(
@@ -89,8 +104,18 @@ def test_names_in_any_case(spelt):
     ],
 )
 def test_e208_for_an_unknown_name(of, name, fix):
-    with pytest.raises(ExpertlyError, match=f"E208.*we know. FIX: {fix}"):
+    flag = "--gpu" if of is device_of else "--link"
+    said = f"E208. {flag} {re.escape(name)}: no (device|link) that we know. FIX: {fix}"
+    with pytest.raises(ExpertlyError, match=said):
         of(name)
+
+
+def test_e208_names_the_flag_that_said_it():
+    with pytest.raises(ExpertlyError, match=r"E208. --offload floppy: no link that we know"):
+        link_of("floppy", None, "--offload")
+    with pytest.raises(ExpertlyError) as error:
+        device_of("x" * 5000)
+    assert len(str(error.value)) < 300
 
 
 def test_a_users_file_corrects_lines_and_adds_devices(tmp_path):
@@ -114,6 +139,52 @@ def test_a_users_file_corrects_lines_and_adds_devices(tmp_path):
     assert "B300" not in devices(), "ours stays as it is"
 
 
+USERS = """
+    devices:
+      mine: {memory: 24e9, bandwidth: 1e12, flops: {bf16: 2e14}, link: wire, host_link: bus}
+      "4090": {network: wire}
+    links:
+      wire: {bandwidth: 20e9}
+      bus: {bandwidth: 12e9}
+      nvlink4: {bandwidth: 1e9}
+"""
+
+
+def test_a_users_links_are_those_of_its_devices(tmp_path):
+    extra = written(tmp_path, USERS)
+    mine = device_of("mine", extra)
+    assert (mine.link.name, mine.link.bandwidth) == ("wire", 20e9)
+    assert (mine.host_link.name, mine.host_link.bandwidth) == ("bus", 12e9)
+    assert mine.network == link_of("infiniband-400"), "where the file says none"
+    assert device_of("4090", extra).network == mine.link
+    assert device_of("h100", extra).link.bandwidth == 1e9, "a corrected link, of our device"
+    assert device_of("h100").link.bandwidth == 450e9
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 16])
+def test_a_plan_uses_a_users_links(tmp_path, gpus):
+    extra = written(tmp_path, USERS)
+    mine, shape = device_of("mine", extra), shape_of("mixtral-8x7b")
+    need = Need(memory=24e9, device=mine, precision=precision(shape), gpus=gpus)
+    ways = options(shape, need)
+    away = [way.flags for way in ways if way.offloaded]
+    assert all(flags.endswith("--offload bus") for flags in away)
+    assert bool(away) == (gpus < 16)
+    step = decode(shape, need.precision, mine, gpus=gpus)
+    link = between(mine, gpus)
+    assert link.name == ("infiniband-400" if gpus == 16 else "wire")
+    reduced = 2 * (link.latency + (gpus - 1) / gpus * 4096 * 2 / link.bandwidth)
+    assert step.by_part.get("links", 0.0) == pytest.approx((gpus > 1) * 2 * 32 * reduced)
+    verdict = advise(shape, None, need, train_tokens=1e12)
+    assert verdict.options == ways
+
+
+def test_a_machine_has_eight_gpus():
+    device = device_of("a100-80gb")
+    assert [between(device, gpus).name for gpus in (1, 2, 8)] == ["nvlink3"] * 3
+    assert [between(device, gpus).name for gpus in (9, 4096)] == ["infiniband-200"] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -129,6 +200,7 @@ def test_a_users_file_corrects_lines_and_adds_devices(tmp_path):
         ("devices: {h100: {usd_per_hour: -2}}", "E202. devices.h100.usd_per_hour: is -2.0, less"),
         ("devices: {h100: {kernel: -2}}", "E202. devices.h100.kernel: is -2.0, less"),
         ("devices: {h100: {link: wire}}", "E202. devices.h100.link: is wire, which links does not"),
+        ("devices: {h100: {network: air}}", "E202. devices.h100.network: is air, which links does"),
         ("links: {sata: {bandwidth: 0}}", "E202. links.sata.bandwidth: is 0.0, not above 0"),
         ("links: {sata: {latency: -1}}", "E202. links.sata.latency: is -1.0, less than no time"),
         ("devices: [", "E203. .*mine.yaml: line 1: not YAML"),

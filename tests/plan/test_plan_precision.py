@@ -11,6 +11,7 @@ from expertly.plan.known import shape_of
 from expertly.plan.precision import (
     FORMATS,
     QUANTISABLE,
+    format_of,
     name_of,
     precision,
     weight_bytes,
@@ -123,16 +124,29 @@ def test_the_name_leaves_out_parts_that_a_model_does_not_have():
 
 
 def test_a_checkpoints_own_formats_hold_unless_a_dtype_is_said():
-    stored = replace(TINY, stored={"": "fp16", "experts": "mxfp4"})
+    stored = replace(TINY, stored={"attention": "fp16", "experts": "mxfp4"})
     formats = precision(stored)
+    assert formats["head"].name == "bf16"
     assert (formats["experts"].name, formats["attention"].name) == ("mxfp4", "fp16")
     assert name_of(precision(stored, "bf16")) == "bf16"
     assert precision(stored, None, "attention=4")["experts"].name == "mxfp4"
 
 
+@pytest.mark.parametrize("name", ["int4g32", "INT4g32", "int5", "int4.65", "int4g128"])
+def test_a_stored_format_of_any_bits_and_group_is_the_one_of_the_flag(name):
+    own = precision(replace(TINY, stored=dict.fromkeys(QUANTISABLE, name)))
+    assert own == precision(TINY, None, name.lower().removeprefix("int"))
+
+
+@pytest.mark.parametrize("name", ["int", "int0", "int17", "int4g0", "4", "4g32", "int4g", ""])
+def test_no_format_has_such_a_name(name):
+    assert format_of(name) is None
+
+
 @pytest.mark.parametrize(
     ("dtype", "bits", "said"),
     [
+        ("int17", None, "--dtype: 'int17' is no format"),
         ("bf17", None, "'bf17' is no format. FIX: write bf16"),
         ("?", None, "choose one of bf16"),
         ("", None, "'' is no format"),
@@ -162,8 +176,9 @@ def test_one_token_reads_its_active_parameters_and_one_row_of_the_embeddings():
     assert read == pytest.approx(2 * (total(TINY).active - TINY.embeddings + TINY.dim))
 
 
-def test_a_tied_head_reads_the_whole_table():
-    tied = replace(TINY, head=0)
+@pytest.mark.parametrize("bias", [0, 1000])
+def test_a_tied_head_reads_the_whole_table(bias):
+    tied = replace(TINY, head=bias)
     assert weights(tied, precision(tied))["embeddings"].touched == 2 * TINY.embeddings
 
 

@@ -7,9 +7,10 @@ import pytest
 from expertly.errors import ExpertlyError
 from expertly.families import family_of, sizes
 from expertly.models.count import count_parameters
+from expertly.plan.counted import shape_of_counts
 from expertly.plan.known import known, shape_of
 from expertly.plan.makes import MAKES
-from expertly.plan.reading import has_formulas, read_shape, shape_of_counts
+from expertly.plan.reading import has_formulas, read_shape
 from expertly.plan.shape import PARTS, Count, parameters, total
 
 # what transformers has no class for

@@ -3,12 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from shapes import facts
+from shapes import facts, usual_tokens
 
 from expertly.plan import reasons
 from expertly.plan.advice import advise
-from expertly.plan.hardware import link_of
-from expertly.plan.known import shape_of
 
 
 def test_what_can_be_held_is_no_reason():
@@ -24,7 +22,7 @@ def test_memory_below_need_decides():
 
 
 def test_an_offload_slower_than_reading_decides():
-    reason = reasons.cannot_be_held(facts(memory=4e9, offload=link_of("nvme")))
+    reason = reasons.cannot_be_held(facts(memory=4e9, host_link="nvme"))
     assert reason and reason.decides
     assert "over nvme, makes" in reason.text
     assert "under the 5 of a reader" in reason.text
@@ -70,7 +68,9 @@ def test_a_dense_model_that_fits_far_more_easily_decides():
     assert reason and reason.decides
     assert "a dense model of 126 B, as good by the scaling law, fits more easily" in reason.text
     assert "80% of the experts" in reason.text
-    assert advise(shape_of("deepseek-v3"), None, crowded.need).choice == "dense"
+    shape = crowded.shape
+    verdict = advise(shape, None, crowded.need, train_tokens=usual_tokens(shape))
+    assert verdict.choice == "dense"
 
 
 def test_one_that_nobody_trained_must_be_clearly_faster():
@@ -129,12 +129,14 @@ def test_it_fits_or_it_does_not():
     assert reasons.misses(fits) is None
     assert reasons.holds(misses) is None
     assert (held := reasons.holds(fits)) and held.side == "MoE"
-    left = (80e9 - reasons.per_gpu(fits.held, 2)) * 2
+    left = 160e9 - fits.held.total.resident
     sequences = int(left / (32 * 2048 * 2 * 4096))
     assert f"room for the KV cache of {sequences:,} more sequences" in held.text
     assert (missed := reasons.misses(misses)) and missed.side == "dense"
     huge = reasons.misses(facts("deepseek-v3", memory=4e9))
-    assert huge and "64 GPUs would not hold it" in huge.text
+    assert huge and "256 GPUs would hold it" in huge.text
+    tiny = reasons.misses(facts("deepseek-v3", memory=1e9))
+    assert tiny and "4,096 GPUs would not hold it" in tiny.text
 
 
 def test_the_lead_is_said_and_when_it_fades():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import TINY
 
+from expertly.errors import ExpertlyError
 from expertly.plan.hardware import Device, Link, device_of, link_of
 from expertly.plan.known import known, shape_of
 from expertly.plan.precision import precision, weights
@@ -37,8 +38,9 @@ SLOW_MEMORY = Device(
     bandwidth=1,
     flops={"bf16": 1e30},
     kernel=0,
-    link="nvlink4",
-    host_link="pcie4",
+    link=Link(bandwidth=1e30),
+    network=Link(bandwidth=1e30),
+    host_link=Link(bandwidth=1e30),
 )
 SLOW_COMPUTE = replace(SLOW_MEMORY, bandwidth=1e30, flops={"bf16": 1.0})
 
@@ -190,8 +192,8 @@ def test_overhead_counts_launches_or_is_given():
 
 
 def test_gpus_share_the_work_and_pay_for_all_reduces():
-    link = Link(bandwidth=100.0, latency=7.0)
-    one, two = (of(TINY, SLOW_MEMORY, batch=3, gpus=gpus, link=link) for gpus in (1, 2))
+    linked = replace(SLOW_MEMORY, link=Link(bandwidth=100.0, latency=7.0))
+    one, two = (of(TINY, linked, batch=3, gpus=gpus) for gpus in (1, 2))
     assert "links" not in one.by_part
     assert two.by_part["links"] == 4 * 2 * 2 * (7 + 1 / 2 * 3 * 64 * 2 / 100)
     assert two.seconds - two.by_part["links"] == pytest.approx(one.seconds / 2)
@@ -199,10 +201,47 @@ def test_gpus_share_the_work_and_pay_for_all_reduces():
     assert two.sigma == pytest.approx(one.sigma / 2)
 
 
-def test_the_devices_own_link_is_the_default():
-    given_link = of(MIXTRAL, gpus=8, link=link_of("nvlink4"))
-    assert of(MIXTRAL, gpus=8) == given_link
-    assert of(MIXTRAL, gpus=8, link=link_of("ethernet-10")).seconds > given_link.seconds
+def test_nine_gpus_talk_over_the_network():
+    own = of(MIXTRAL, gpus=8)
+    assert of(MIXTRAL, replace(H200, network=link_of("ethernet-10")), gpus=8) == own
+    assert of(MIXTRAL, replace(H200, link=link_of("ethernet-10")), gpus=8).seconds > own.seconds
+    nine = of(MIXTRAL, gpus=9)
+    assert of(MIXTRAL, replace(H200, link=link_of("ethernet-10")), gpus=9) == nine
+    reduced = 2 * (10e-6 + 8 / 9 * 2 * 4096 / 50e9)
+    assert nine.by_part["links"] == pytest.approx(2 * 32 * reduced)
+
+
+def test_more_gpus_than_a_cache_has_parts_read_the_same():
+    """Sequences apart, and each by its key heads; of layers with other heads, each by its own."""
+
+    def read(gpus, batch, *shards):
+        layers = tuple(replace(LAYER, attention=replace(ATTENTION, shards=each)) for each in shards)
+        step = of(replace(TINY, layers=layers), SLOW_MEMORY, gpus=gpus, batch=batch, context=10)
+        return step.by_part["kv cache"]
+
+    each = 10 * 2 * 64 * 2  # bytes of one sequence in one layer
+    assert read(4, 1, 1) == each  # a latent: all of it on every GPU
+    assert read(4, 2, 1) == 2 * each / 2
+    assert read(4, 8, 1) == 8 * each / 4
+    assert read(4, 1, 2) == each / 2
+    assert read(4, 1, 8) == each / 4
+    assert read(4, 1, 8, 1) == each / 4 + each
+    one, four = (of(TINY, SLOW_COMPUTE, gpus=gpus, context=10) for gpus in (1, 4))
+    assert four.by_part["kv cache"] == one.by_part["kv cache"] / 4, "the queries are shared out"
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"gpus": 0}, {"batch": -3}])
+def test_less_than_one_sequence_or_gpu_is_e208(wrong):
+    calls = (
+        lambda: of(TINY, **wrong),
+        lambda: prefill(TINY, BF16, H200, tokens=5, **wrong),
+        lambda: routing_tax(TINY, BF16, H200, **wrong),
+    )
+    for call in calls:
+        with pytest.raises(ExpertlyError, match="E208"):
+            call()
+    with pytest.raises(ExpertlyError, match=r"E208.*tokens"):
+        prefill(TINY, BF16, H200, tokens=0)
 
 
 def test_prefill_of_mixtral_is_compute():
@@ -261,6 +300,14 @@ def test_routing_tax_by_hand():
     step = of(TINY, slow, batch=3)
     expected = tax / (step.seconds + copies)
     assert routing_tax(TINY, BF16, slow, batch=3) == pytest.approx(expected)
+
+
+def test_routing_weighs_less_where_a_step_has_more_to_do():
+    shape = shape_of("olmoe-1b-7b")
+    settings = {"shape": shape, "precision": precision(shape), "device": device_of("h100")}
+    short, long = (routing_tax(**settings, context=context) for context in (100, 4000))
+    assert routing_tax(**settings, context=4000, kv_bits=4) > long < short
+    assert routing_tax(**settings, gpus=8) > routing_tax(**settings), "launches are not shared"
 
 
 @pytest.mark.parametrize("name", sorted(known()))

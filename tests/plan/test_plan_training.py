@@ -1,6 +1,7 @@
 """Training memory and FLOPs: activations against what torch saves, states against any layout."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,17 @@ from hypothesis import strategies as st
 
 from expertly.errors import ExpertlyError
 from expertly.models.build import build_model, model_config
-from expertly.plan.activations import dispatched, saved
+from expertly.plan.activations import saved, saved_by_experts
 from expertly.plan.known import shape_of
 from expertly.plan.reading import read_shape
 from expertly.plan.shape import Attention, FeedForward, Layer, Shape, rival, total
-from expertly.plan.training import Layout, flops_per_token, training, training_flops
+from expertly.plan.training import (
+    Layout,
+    flops_per_token,
+    least_gpus,
+    training,
+    training_flops,
+)
 
 ATTENTION = Attention(weights=4 * 64 * 64, width=64, cache=2 * 64, pair=2 * 64)
 MOE = FeedForward(router=8 * 64, expert=3 * 64 * 32, expert_width=32, experts=8, top_k=2)
@@ -89,7 +96,7 @@ def test_activations_are_what_torch_saves(family, dtype):
     config = model_config(family, {**SIZES, **FAMILIES[family]})
     real = saved_by_torch(build_model(config).to(dtype).train())
     shape, width = read_shape(config.to_dict(), family), dtype.itemsize
-    planned = saved(shape, width) + dispatched(shape, width) + 4 * shape.vocab
+    planned = saved(shape, width) + saved_by_experts(shape, width) + 4 * shape.vocab
     latent = family == "deepseek_v3"  # some of its tensors are views of wider ones
     assert TOKENS * planned == pytest.approx(real, rel=0.15 if latent else 0.02)
 
@@ -101,12 +108,13 @@ def test_activations_of_a_layer_by_hand():
     router = 8 * 4 + 2 * 16
     assert saved(one, 2) == norm + 2 * norm + attended + router
     assert saved(one, 2, tp=2) == norm + 2 * norm + attended / 2 + router
-    assert dispatched(one, 2) == 2 * (64 + 4 * 32 + 64) * 2
+    assert saved_by_experts(one, 2) == 2 * (64 + 4 * 32 + 64) * 2
     # GPUs with the same tokens split the experts' width, or the tokens
-    assert dispatched(one, 2, tp=2) == 2 * (64 + 4 * 16 + 64) * 2
+    assert saved_by_experts(one, 2, tp=2) == 2 * (64 + 4 * 16 + 64) * 2
     sent = 2 * 2 * 64
     assert (
-        dispatched(one, 2, tp=2, ep=2, imbalance=3) == (3 * 2 * (32 + 4 * 16 + 32) + sent / 2) * 2
+        saved_by_experts(one, 2, tp=2, ep=2, imbalance=3)
+        == (3 * 2 * (32 + 4 * 16 + 32) + sent / 2) * 2
     )
 
 
@@ -114,12 +122,12 @@ def test_checkpointing_keeps_inputs_and_one_layer():
     one, four = (saved(replace(TINY, layers=(LAYER,) * each), 2) for each in (1, 4))
     kept = saved(TINY, 2, checkpointing=True)
     assert kept == one + 4 * 64 * 2 < four
-    assert dispatched(TINY, 2, checkpointing=True) == dispatched(TINY, 2) / 4
+    assert saved_by_experts(TINY, 2, checkpointing=True) == saved_by_experts(TINY, 2) / 4
 
 
 def test_a_network_without_a_gate_saves_two_tensors_not_four():
     plain = replace(TINY, gated=False)
-    assert dispatched(plain, 2) == 4 * 2 * (2 * 64 + 2 * 32) * 2
+    assert saved_by_experts(plain, 2) == 4 * 2 * (2 * 64 + 2 * 32) * 2
     assert saved(replace(DENSE, gated=False), 2) == saved(DENSE, 2) - 4 * 2 * 64 * 2
 
 
@@ -249,6 +257,54 @@ def test_e208_for_what_cannot_be_trained(given, said):
     assert said in str(caught.value)
 
 
+# --- how many GPUs
+
+
+def least(name, memory, **given):
+    shape = shape_of(name)
+    return least_gpus(shape, memory, partial(training, shape, **given))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "memory", "layout"),
+    [
+        ("llama-3-8b", "full", 80e9, Layout(fsdp=2)),
+        ("llama-3-8b", "lora", 80e9, Layout(fsdp=1)),
+        ("mixtral-8x7b", "full", 80e9, Layout(fsdp=16)),
+        ("mixtral-8x7b", "full", 24e9, Layout(fsdp=64, ep=8)),
+        ("deepseek-v3", "full", 80e9, Layout(fsdp=256, ep=256)),
+        ("qwen1.5-moe-a2.7b", "full", 18e9, Layout(fsdp=64, ep=4)),  # of 60 experts
+    ],
+)
+def test_the_fewest_gpus_that_hold_a_training(name, method, memory, layout):
+    found = least(name, memory, method=method)
+    assert (found.layout, found.fits) == (layout, True)
+    assert found.held == training(shape_of(name), layout=layout, method=method)
+    half = layout.world // 2
+    for ep in {1, min(layout.ep, half)} if half else ():
+        smaller = training(shape_of(name), layout=Layout(fsdp=half, ep=ep), method=method)
+        assert smaller.total > memory
+
+
+def test_without_experts_apart_deepseek_v3_fits_on_no_4096_gpus():
+    shape = shape_of("deepseek-v3")
+    assert training(shape, layout=Layout(fsdp=4096)).total > 80e9
+
+
+def test_where_no_number_of_gpus_does_the_largest_part_is_named():
+    found = least("llama-3-8b", 10e9, context=8192, checkpointing=False)
+    assert (found.layout, found.fits, found.largest) == (Layout(fsdp=4096), False, "activations")
+    assert least("llama-3-8b", 10e9, context=8192).largest == "logits"
+    assert least("deepseek-v3", 24e9).largest == "gathered"
+    assert least("llama-3-8b", 0).layout.world == 4096
+
+
+def test_the_numbers_of_gpus_end_where_they_are_told_to():
+    shape = shape_of("mixtral-8x7b")
+    found = least_gpus(shape, 80e9, partial(training, shape), most=8)
+    assert (found.layout, found.fits) == (Layout(fsdp=8, ep=8), False)
+
+
 # --- FLOPs
 
 
@@ -256,12 +312,14 @@ def test_flops_are_two_per_active_parameter_and_per_pair():
     products = total(TINY).active - TINY.embeddings - 4 * LAYER.norms - TINY.norms
     pairs = 4 * 128 * (1 + 100) / 2
     assert flops_per_token(TINY, context=100) == 2 * (products + pairs)
-    assert flops_per_token(TINY, context=100, batch_of="training") == 6 * (products + pairs)
+    assert flops_per_token(TINY, context=100, training=True) == 6 * (products + pairs)
     assert training_flops(TINY, 1e6, context=100) == 6e6 * (products + pairs)
 
 
-def test_a_tied_head_is_a_product_too():
-    assert flops_per_token(replace(TINY, head=0), context=9) == flops_per_token(TINY, context=9)
+@pytest.mark.parametrize("bias", [0, 1000])
+def test_a_tied_head_is_a_product_too(bias):
+    tied, apart = (replace(TINY, head=head + bias) for head in (0, TINY.head))
+    assert flops_per_token(tied, context=9) == flops_per_token(apart, context=9)
 
 
 def test_a_window_limits_how_far_back_a_token_looks():

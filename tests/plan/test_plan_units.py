@@ -3,7 +3,7 @@
 import pytest
 
 from expertly.errors import ExpertlyError
-from expertly.plan.units import bytes_of, count_of
+from expertly.plan.units import billions, bytes_of, count_of, gb, number
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,15 @@ def test_what_is_no_amount_is_one_line(read, text):
     with pytest.raises(ExpertlyError, match=r"E208.*--memory.*is no amount") as caught:
         read(text, "--memory")
     assert caught.value.exit_code == 2
+
+
+def test_amounts_for_people():
+    assert [number(each) for each in (0.1234, 12.345, 99.96, 100.4, 1234567)] == [
+        "0.123",
+        "12.3",
+        "100",
+        "100",
+        "1,234,567",
+    ]
+    assert (gb(94.44e9), gb(1.128e12), gb(0.5e9)) == ("94.4 GB", "1,128 GB", "0.5 GB")
+    assert billions(12_879_925_248) == "12.9 B"

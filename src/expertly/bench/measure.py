@@ -28,7 +28,7 @@ from expertly.families import decoder as decoder_of
 from expertly.memory import size
 from expertly.models.experts import register_experts
 from expertly.models.loading import Model, open_model
-from expertly.plan.hardware import Device
+from expertly.plan.hardware import Device, device_of
 from expertly.plan.precision import Precision, precision, weights
 from expertly.plan.shape import PARTS, Shape
 from expertly.plan.speed import Step, decode, prefill
@@ -216,13 +216,13 @@ def _run(timed: _Timed, expected: _Expected, device: Device) -> Run:
 
 def as_device(machine: Machine) -> Device:
     """What was measured, as a device that a plan can be made for."""
-    return Device(
+    return replace(
+        device_of("cpu"),
         name="this machine",
         memory=machine.free,
         bandwidth=machine.bandwidth,
         flops=dict.fromkeys(("fp32", "bf16"), machine.flops),  # the rate of the model's own format
-        link="",
-        host_link="",
+        watts=None,
         source="measured",
     )
 

@@ -1,5 +1,6 @@
 """expertly plan: will it fit, how fast, what does it cost, MoE or dense?"""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +16,19 @@ def _flag(panel: str, help: str, name: str | None = None) -> Any:
     return typer.Option(*words, help=help, rich_help_panel=panel, show_default=False)
 
 
+def _not_empty(asked: Mapping[str, Any]) -> None:
+    """Raises E208 for a flag with nothing in it, as --gpu "$GPU" is where GPU is not set."""
+    for name, value in asked.items():
+        if value == "" and name != "model":
+            flag = "--" + name.replace("_", "-")
+            raise ExpertlyError("E208", flag, "is empty", fix=f"leave out {flag}")
+
+
 _MODEL, _MACHINE, _AGAINST, _TRAIN = "Model", "Machine", "Comparison", "Training and cost"
 
 
 def plan(
+    typed: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -40,7 +50,9 @@ def plan(
     gpu: Annotated[
         str | None, _flag(_MACHINE, "h100, h200, a100-80gb, 4090, mi300x, m4-max, cpu ...")
     ] = None,
-    gpus: Annotated[int | None, _flag(_MACHINE, "How many. Default: as many as it takes.")] = None,
+    gpus: Annotated[
+        int | None, _flag(_MACHINE, "How many. Default: 1 if named, else as many as it takes.")
+    ] = None,
     memory: Annotated[str | None, _flag(_MACHINE, "Of each GPU: 24GB.")] = None,
     link: Annotated[
         str | None, _flag(_MACHINE, "Between GPUs: nvlink4, infiniband-400, ethernet-100 ...")
@@ -51,6 +63,9 @@ def plan(
     hit_rate: Annotated[
         float | None, _flag(_MACHINE, "Share of expert requests that the cache serves.")
     ] = None,
+    ram: Annotated[
+        str | None, _flag(_MACHINE, "For experts beside the GPUs. Default: 4 times their memory.")
+    ] = None,
     hardware: Annotated[
         Path | None, _flag(_MACHINE, "Your own machines: a YAML file, laid over the table.")
     ] = None,
@@ -59,12 +74,16 @@ def plan(
         str | None, _flag(_AGAINST, "List the built-in models that fit into so much memory: 24GB.")
     ] = None,
     method: Annotated[str, _flag(_TRAIN, "full, lora or qlora. Default: full.")] = "full",
+    rank: Annotated[int, _flag(_TRAIN, "Of LoRA's adapters. Default: 16.")] = 16,
     fsdp: Annotated[int | None, _flag(_TRAIN, "GPUs that shard the training state.")] = None,
     ep: Annotated[int, _flag(_TRAIN, "Ranks that share out the experts. Default: 1.")] = 1,
     tp: Annotated[int, _flag(_TRAIN, "Ranks that share every matrix. Default: 1.")] = 1,
     imbalance: Annotated[
-        float, _flag(_TRAIN, "Load of the fullest expert rank over the mean. Default: 1.")
-    ] = 1,
+        float | None,
+        _flag(
+            _TRAIN, "Tokens of the fullest expert rank over the mean. Default: 1; training: 1.5."
+        ),
+    ] = None,
     keep_activations: Annotated[
         bool, _flag(_TRAIN, "Without gradient checkpointing.", "--keep-activations")
     ] = False,
@@ -92,11 +111,12 @@ def plan(
 
     Example: expertly plan mixtral-8x7b --vs llama-2-70b --gpu 4090 --gpus 2
     """
-    asked = {name: value for name, value in locals().items() if name != "json"}
+    asked = {name: value for name, value in locals().items() if name not in ("typed", "json")}
+    _not_empty(asked)
     if fit is not None:
         from expertly.cli.plan_more import print_fits
 
-        print_fits(asked, json)
+        print_fits(asked, [name for name in asked if _was_written(typed, name)], json)
         return
     if model is None:
         fix = "name a model, as expertly plan mixtral-8x7b"
@@ -122,3 +142,9 @@ def plan(
         print_json(found)
     else:
         typer.echo("\n\n".join(pages))
+
+
+def _was_written(typed: typer.Context, name: str) -> bool:
+    """Whether a flag stands on the command line, and is no default."""
+    source = typed.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

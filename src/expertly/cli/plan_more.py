@@ -1,6 +1,6 @@
 """What `expertly plan` does beside planning: list what fits, and measure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,28 +9,37 @@ import typer
 
 from expertly.cli.options import number, print_json, table
 from expertly.cli.plan_page import device_name, size, speed
+from expertly.errors import ExpertlyError
 from expertly.plan.shape import Shape
 
 if TYPE_CHECKING:
     from expertly.bench.measured import Measurement
 
 
-def print_fits(asked: Mapping[str, Any], json: bool) -> None:
-    """The built-in models that fit, fastest first."""
+# the flags that mean something beside --fit
+_BESIDE = ("fit", "gpu", "hardware", "context", "kv_bits")
+
+
+def print_fits(asked: Mapping[str, Any], given: Iterable[str], json: bool) -> None:
+    """The built-in models that fit, fastest first.
+
+    given: the names of the flags that were written; E208 for one that would do nothing.
+    """
     from expertly.cli.plan_question import device_for
     from expertly.plan.fits import fits
     from expertly.plan.known import known, shape_of
 
+    for name in given:
+        if name not in _BESIDE:
+            flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise ExpertlyError("E208", flag, "does nothing beside --fit", fix=f"leave out {flag}")
     device = device_for({**asked, "memory": asked["fit"]})
-    found = fits(
-        [shape_of(name) for name in known()],
-        device.memory,
-        device,
-        context=asked["context"] or 4096,
-        kv_bits=asked["kv_bits"],
-    )
+    shapes = [shape_of(name) for name in known()]
+    context = 4096 if asked["context"] is None else asked["context"]
+    found = fits(shapes, device.memory, device, context=context, kv_bits=asked["kv_bits"])
     if json:
-        print_json({"device": device.name, "memory_bytes": device.memory, "fits": map_all(found)})
+        held = {"device": device.name, "memory_bytes": device.memory}
+        print_json({**held, "fits": [asdict(each) for each in found]})
         return
     rows = [["model", "format", "memory", "parameters", "used per token", "tok/s", "points lost"]]
     rows += [
@@ -41,20 +50,12 @@ def print_fits(asked: Mapping[str, Any], json: bool) -> None:
             number(each.total),
             number(each.active),
             speed(each.tokens_per_second),
-            f"{each.quality:.1f}",
+            f"{each.quality:.1f} {each.known}" if each.quality else "0",
         ]
         for each in found
     ]
     where = device_name({"device": device.name, "memory_bytes": device.memory})
-    typer.echo(f"what fits into one {where}, batch 1\n{table(rows)}")
-
-
-def map_all(records: Any) -> list[dict[str, Any]]:
-    """Records as JSON has them."""
-    return [
-        asdict(each) if hasattr(each, "__dataclass_fields__") else each._asdict()
-        for each in records
-    ]
+    typer.echo(f"what fits into one {where}, one sequence of {context:,} tokens\n{table(rows)}")
 
 
 def measured(model: str, shape: Shape, asked: Mapping[str, Any]) -> "Measurement":

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from expertly.cli.options import number, table
+from expertly.plan.options import MOST_GPUS
 
 Answer = Mapping[str, Any]
 _BATCHES = (1, 4, 16, 64, 256, 1024)  # of the rows that are shown
 _OPTIONS = 6
+_BRACKETS = "; in (brackets): does not fit"
 
 
 def page(found: Answer) -> str:
@@ -65,7 +67,8 @@ def _memory(found: Answer) -> str:
             ("total", "total"),
         )
     ]
-    needed, device = machine["gpus_needed"], device_name(machine)
+    device, most = device_name(machine), f"more than {MOST_GPUS:,}"
+    needed = machine["gpus_needed"] or most
     return f"{table(rows)}\nneeds {needed} x {device}; planned for {machine['gpus']}"
 
 
@@ -84,13 +87,31 @@ def _models(found: Answer) -> str:
     row("read per token", (size(model["weights_bytes_touched"]) for model in models))
     row("KV cache per token", (size(model["kv_cache_bytes_per_token"]) for model in models))
     row("GFLOPs per token", (f"{model['flops_per_token'] / 1e9:.1f}" for model in models))
-    row(f"decode tok/s, batch {batch}", (speed(m["decode_tokens_per_second"]) for m in models))
-    row("prefill tok/s", (speed(model["prefill_tokens_per_second"]) for model in models))
+    row("fits here", ("yes" if model["fits"] else "no" for model in models))
+    row(
+        f"decode tok/s, batch {batch}",
+        (_held(speed(model["decode_tokens_per_second"]), model) for model in models),
+    )
+    row(
+        "prefill tok/s",
+        (_held(speed(model["prefill_tokens_per_second"]), model) for model in models),
+    )
     for method, name in (("full", "GPUs to train"), ("lora", "with LoRA"), ("qlora", "with QLoRA")):
-        gpus = (model["train_gpus"][method] for model in models)
-        row(name, ("over 4,096" if each is None else f"{each:,}" for each in gpus))
+        row(name, (_trainers(model["train_gpus"][method]) for model in models))
     where = f"{found['machine']['gpus']} x {device_name(found['machine'])}"
-    return f"{table(rows)}\nspeeds are the roofline of {where}: at best, never reached"
+    return f"{table(rows)}\nspeeds are the roofline of {where}: at best, never reached{_BRACKETS}"
+
+
+def _held(cell: str, said: Answer) -> str:
+    """A speed in brackets where the memory is not there."""
+    return cell if said["fits"] else f"({cell})"
+
+
+def _trainers(said: Answer) -> str:
+    """How many GPUs train it, and how many of these share out its experts."""
+    if said["gpus"] is None:
+        return f"none: {said['largest']['part']} {size(said['largest']['bytes'])}"
+    return f"{said['gpus']:,}" + (f" (ep {said['ep']})" if said["ep"] > 1 else "")
 
 
 def _cache(found: Answer) -> str:
@@ -128,11 +149,11 @@ def _race(each: Answer) -> list[str]:
     return [
         str(each["batch"]),
         f"{each['experts_touched']:.1f}",
-        speed(moe["tokens_per_second"]),
+        _held(speed(moe["tokens_per_second"]), moe),
         f"{1e3 * moe['seconds']:.2f}",
         f"{1e3 * moe['sigma_seconds']:.2f}",
         money(moe["usd_per_million"]),
-        speed(dense["tokens_per_second"]),
+        _held(speed(dense["tokens_per_second"]), dense),
         money(dense["usd_per_million"]),
         *(f"{each[key]:.2f}x" for key in ("speed_ratio", "bytes_ratio", "flops_ratio")),
     ]
@@ -153,12 +174,19 @@ def _traffic(found: Answer) -> str:
     links = found["all_to_all"]
     if not links or not found["training"]["asked"]:
         return ""
-    rows = [[f"experts over {links[0]['ranks']} ranks", "kB per token, layer", "of a step"]]
+    head = [f"experts over {links[0]['ranks']} ranks", "kB per token, layer"]
+    rows = [[*head, "ms of a training step", "its share", "ms of a decode step"]]
     rows += [
-        [each["link"], f"{each['bytes_per_token_layer'] / 1e3:.1f}", f"{each['share']:.0%}"]
+        [
+            each["link"],
+            f"{each['bytes_per_token_layer'] / 1e3:.1f}",
+            f"{each['training_seconds'] * 1e3:,.1f}",
+            f"{each['training_share']:.0%}",
+            f"{each['decode_seconds'] * 1e3:,.2f}",
+        ]
         for each in links
     ]
-    return f"{table(rows)}\nshare of a training step's time, if nothing of it hides"
+    return f"{table(rows)}\nif nothing of it hides behind compute"
 
 
 def _training(found: Answer) -> str:
@@ -167,7 +195,7 @@ def _training(found: Answer) -> str:
         return ""
     layout = said["layout"]
     gpus = layout["fsdp"] * layout["tp"]
-    head = f"{said['method']} training on {gpus:,} GPUs"
+    head = f"{said['method']} training on {gpus:,} GPU" + "s" * (gpus > 1)
     rows = [[head, "per GPU"]]
     rows += [[name, size(value)] for name, value in said["per_gpu"].items() if value]
     fits = "fits" if said["fits"] else "does not fit"
@@ -177,10 +205,10 @@ def _training(found: Answer) -> str:
 
 
 def _cost(found: Answer) -> str:
-    said = found["cost"]
+    said, device = found["cost"], found["machine"]["device"]
     parts = [
         f"{said['flops']:.3g} FLOPs",
-        f"{number(said['gpu_hours'])} GPU-hours at {said['utilisation']:.1%} of the peak",
+        f"{number(said['gpu_hours'])} {device}-hours at {said['utilisation']:.1%} of the peak",
     ]
     if said["usd"] is not None:
         parts.append(f"{number(said['usd'])} USD")
@@ -208,7 +236,8 @@ def _scaling(found: Answer) -> str:
         ],
     ]
     lines = [table(rows), f"a dense model needs {said['saving']:.2f}x the FLOPs for the same loss"]
-    lines += [f"! it extrapolates: {why}" for why in said["beyond"]]
+    if said["beyond"]:
+        lines.append(f"! it extrapolates, take it as a hint: {'; '.join(said['beyond'])}")
     return "\n".join(lines)
 
 
@@ -235,7 +264,7 @@ def _option(each: Answer) -> list[str]:
 
 def device_name(machine: Answer) -> str:
     """A device and its memory, as people say it."""
-    return f"{machine['device']} ({size(machine['memory_bytes'])})"
+    return f"{machine['device']} of {size(machine['memory_bytes'])}"
 
 
 def size(count: float) -> str:

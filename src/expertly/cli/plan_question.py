@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from expertly.errors import ExpertlyError
+from expertly.plan.counted import check_sizes, shape_of_counts
 from expertly.plan.hardware import Device, Link, device_of, devices, link_of, links
 from expertly.plan.known import config_of
 from expertly.plan.memory import require
+from expertly.plan.options import MOST_GPUS
 from expertly.plan.precision import precision
 from expertly.plan.question import Question
-from expertly.plan.reading import has_formulas, read_shape, shape_of_counts
+from expertly.plan.reading import has_formulas, read_shape
 from expertly.plan.shape import Shape
 from expertly.plan.training import Layout
 from expertly.plan.units import bytes_of, count_of
@@ -26,23 +28,25 @@ def question_of(model: str, asked: Asked) -> Question:
     model raises.
     """
     shape = shape_of_target(model)
-    against = shape_of_target(asked["vs"]) if asked["vs"] else None
+    against = dense_of_target(asked["vs"]) if asked["vs"] else None
+    _only_for_experts(shape, asked)
     device = device_for(asked)
     return Question(
         shape=shape,
         precision=precision(shape, asked["dtype"], asked["bits"]),
         against=against,
-        against_precision=precision(against, asked["dtype"]) if against else None,
+        against_precision=(precision(against, asked["dtype"], asked["bits"]) if against else None),
         device=device,
         memory=device.memory,
-        gpus=whole("--gpus", asked["gpus"]),
-        links=links_for(device, asked),
+        gpus=gpus_for(asked),
+        links=(device.link, *_networks(asked)),
         context=context_for(shape, asked),
         batch=asked["batch"],
         kv_bits=asked["kv_bits"],
         imbalance=asked["imbalance"],
-        offload=asked["offload"] and link_of(asked["offload"], asked["hardware"]),
+        offload=device.host_link if asked["offload"] else None,
         hit_rate=share("--hit-rate", asked["hit_rate"]),
+        ram=bytes_of(asked["ram"], "--ram") if asked["ram"] else None,
         **_training(asked),
     )
 
@@ -50,19 +54,32 @@ def question_of(model: str, asked: Asked) -> Question:
 def shape_of_target(target: str) -> Shape:
     """The Shape of a built-in name, a folder or a file; torch counts where no formula does."""
     name, config = config_of(target)
-    if has_formulas(config):
-        return read_shape(config, name)
-    from expertly.models.count import count_parameters
-
     try:
+        if has_formulas(config):
+            return read_shape(config, name)
+        check_sizes(config)  # before torch is asked
+        from expertly.models.count import count_parameters
+
         counted = count_parameters(config)
-    except ExpertlyError as error:  # names the folder that it is built in
+        return shape_of_counts(config, name, counted.layers, counted.rest)
+    except ExpertlyError as error:  # say whose config it is
         raise ExpertlyError(error.code, target, error.why, fix=error.fix) from error
-    return shape_of_counts(config, name, counted.layers, counted.rest)
+
+
+def dense_of_target(target: str) -> Shape:
+    """As shape_of_target, of a dense model; E208 for one with experts."""
+    shape = shape_of_target(target)
+    if shape.moe_layers:
+        why, fix = f"{shape.name} has experts itself", "name the MoE first, and a dense model here"
+        raise ExpertlyError("E208", "--vs", why, fix=fix)
+    return shape
 
 
 def device_for(asked: Asked) -> Device:
-    """The device that is named; else the smallest one on the market with the memory; else H100."""
+    """The device that is named; else the smallest one on the market with the memory; else H100.
+
+    With the memory and the links that are asked for.
+    """
     extra: Path | None = asked["hardware"]
     size = bytes_of(asked["memory"], "--memory") if asked["memory"] else None
     if asked["gpu"]:
@@ -73,14 +90,34 @@ def device_for(asked: Asked) -> Device:
         found = min(enough, key=lambda each: each.memory)
     else:
         found = device_of("h100", extra)
-    return replace(found, memory=size) if size else found
+    if asked["link"]:  # it joins all of them, near and far
+        link = link_of(asked["link"], extra)
+        found = replace(found, link=link, network=link)
+    if asked["offload"]:
+        found = replace(found, host_link=link_of(asked["offload"], extra, "--offload"))
+    return replace(found, memory=size or found.memory)
 
 
-def links_for(device: Device, asked: Asked) -> tuple[Link, ...]:
-    """The link between GPUs that is asked for, or the device's own, then the usual networks."""
-    first = link_of(asked["link"] or device.link, asked["hardware"])
+def gpus_for(asked: Asked) -> int | None:
+    """How many are there: as said, or the one that is named; None where nothing is named."""
+    if asked["gpus"] is not None:
+        require("--gpus", asked["gpus"], 1, MOST_GPUS)
+    spread = asked["fsdp"] or asked["ep"] > 1 or asked["tp"] > 1
+    named = (asked["gpu"] or asked["memory"] or asked["offload"]) and not spread
+    return asked["gpus"] or (1 if named else None)
+
+
+def _networks(asked: Asked) -> tuple[Link, ...]:
     known = links(asked["hardware"])
-    return first, *(known[name] for name in _NETWORKS if name != first.name)
+    return tuple(known[name] for name in _NETWORKS)
+
+
+def _only_for_experts(shape: Shape, asked: Asked) -> None:
+    """Raises E208 for what a dense model has no use of."""
+    for flag, said in {"--ep": asked["ep"] > 1, "--offload": asked["offload"]}.items():
+        if said and not shape.moe_layers:
+            why = f"{shape.name} has no experts"
+            raise ExpertlyError("E208", flag, why, fix=f"leave out {flag}")
 
 
 def context_for(shape: Shape, asked: Asked) -> int:
@@ -94,13 +131,6 @@ def context_for(shape: Shape, asked: Asked) -> int:
         why = f"is {context}, but {shape.name} was made for {longest}"
         raise ExpertlyError("E208", "--context", why, fix=f"write --context {longest}")
     return context
-
-
-def whole(flag: str, value: int | None) -> int | None:
-    """A count that may be left out; E208 for one below 1."""
-    if value is not None:
-        require(flag, value, 1, 1e6)
-    return value
 
 
 def share(flag: str, value: float | None) -> float | None:
@@ -118,11 +148,13 @@ def _training(asked: Asked) -> dict[str, Any]:
     }
     spread = asked["fsdp"] or asked["ep"] > 1 or asked["tp"] > 1
     for name in ("fsdp", "ep", "tp"):
-        whole(f"--{name}", asked[name])
+        require(f"--{name}", 1 if asked[name] is None else asked[name], 1, MOST_GPUS)
     fsdp = asked["fsdp"] or max(asked["ep"] // asked["tp"], 1)
     return {
         **counts,
         "method": asked["method"],
+        "rank": asked["rank"],
+        "mixed": asked["dtype"] not in ("fp32", "float32"),
         "layout": Layout(fsdp=fsdp, ep=asked["ep"], tp=asked["tp"]) if spread else None,
         "checkpointing": not asked["keep_activations"],
         "utilisation": asked["utilisation"],

@@ -23,7 +23,7 @@ def saved(shape: Shape, width: int, *, tp: int = 1, checkpointing: bool = False)
     return last + len(shape.blocks) * shape.dim * width + max(layers.values(), default=0)
 
 
-def dispatched(
+def saved_by_experts(
     shape: Shape,
     width: int,
     *,
@@ -32,13 +32,16 @@ def dispatched(
     checkpointing: bool = False,
     imbalance: float = 1.0,
 ) -> float:
-    """Bytes for a token's copies: of all layers, or of one; with ep > 1 also what is sent."""
+    """Bytes that a token's routed experts save: of all layers, or with checkpointing of one.
+
+    With ep > 1 also what is sent and received.
+    """
     kinds = shape.kinds
-    layers = {layer: _copies(layer, shape, ep, tp) for layer in kinds}
+    layers = {layer: _of_experts(layer, shape, ep, tp) for layer in kinds}
     if checkpointing:
         kept = max(layers.values(), default=0)
     else:
-        kept = sum(kinds[layer] * copies for layer, copies in layers.items())
+        kept = sum(kinds[layer] * elements for layer, elements in layers.items())
     if ep == 1:
         return kept * width
     sent = max((layer.feed_forward.top_k for layer in kinds), default=0) * 2 * shape.dim
@@ -56,21 +59,21 @@ def _of_layer(layer: Layer, shape: Shape, width: int, tp: int = 1) -> float:
     norms = shape.dim * _norms(layer, shape) * (_FLOAT + 2 * width)
     attended = queries(layer) + keys_and_values(layer) + attention.width
     split = attended * width + _normed_inside(layer) * (_FLOAT + width)
-    split += _inner(shape) * moe.width * width
+    split += _tensors(shape) * moe.width * width
     return norms + split / tp + _FLOAT * moe.experts + 16 * moe.top_k
 
 
-def _copies(layer: Layer, shape: Shape, ep: int, tp: int) -> float:
+def _of_experts(layer: Layer, shape: Shape, ep: int, tp: int) -> float:
     """Elements that a layer's experts save for a token: its copies, inner results and answers.
 
     GPUs that share tensors have the same tokens: they split the experts' width, or the tokens.
     """
     moe = layer.feed_forward
-    ends, inside = 2 * shape.dim, _inner(shape) * moe.expert_width / tp
+    ends, inside = 2 * shape.dim, _tensors(shape) * moe.expert_width / tp
     return moe.top_k * (ends + inside if ep == 1 else ends / tp + inside)
 
 
-def _inner(shape: Shape) -> int:
+def _tensors(shape: Shape) -> int:
     """How many tensors as wide as itself a feed-forward saves."""
     return 4 if shape.gated else 2
 

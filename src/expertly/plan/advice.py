@@ -9,18 +9,16 @@ from functools import partial
 from typing import Literal
 
 from expertly.plan import scaling
-from expertly.plan.memory import require
-from expertly.plan.options import Need, Option, asked, options, per_gpu
+from expertly.plan.memory import Memory, require
+from expertly.plan.options import MOST_GPUS, Need, Option, asked, fewest_gpus, options
 from expertly.plan.precision import FORMATS, Precision
-from expertly.plan.reasons import LEAD, RULES, Facts, Reason, billions, gb, number, place, usable
+from expertly.plan.reasons import LEAD, RULES, Facts, Reason, place, usable
 from expertly.plan.shape import Layer, Shape, rival, total
 from expertly.plan.speed import BATCHES, fades_at, race, routing_tax
+from expertly.plan.units import billions, gb, number
 
 __all__ = ["Need", "Option", "Verdict", "advise", "facts_of"]
 
-# Where the law is asked how good a model is: 20 tokens for each active parameter. The dense model
-# as good is hardly another at 10 times as many.
-_TOKENS_PER_ACTIVE = 20
 _AS_LARGE = "a dense model with all its parameters"
 _KEPT = 0.9  # of the memory for weights, the rest for the cache and activations
 
@@ -42,18 +40,27 @@ def advise(
     dense: Shape | None,
     need: Need,
     *,
+    train_tokens: float,
     tokens: float | None = None,
     dense_precision: Precision | None = None,
 ) -> Verdict:
     """Whether to choose this MoE or a dense model, and how to run it on what there is.
 
-    dense: the model to compare with; None: dense models of the same make. tokens: size of the
-    fine-tuning set, if there is one. dense_precision: None for the same formats as the MoE's.
-    A model without experts is only made to fit. Raises E208 for numbers out of range.
+    dense: the model to compare with; None: dense models of the same make. train_tokens: what both
+    are trained on, for the scaling law. tokens: size of the fine-tuning set, if there is one.
+    dense_precision: None for the same formats as the MoE's. A model without experts is only made
+    to fit. Raises E208 for numbers out of range.
     """
     if not shape.moe_layers:
         return _of_dense(shape, need)
-    facts = facts_of(shape, dense, need, tokens=tokens, dense_precision=dense_precision)
+    facts = facts_of(
+        shape,
+        dense,
+        need,
+        train_tokens=train_tokens,
+        tokens=tokens,
+        dense_precision=dense_precision,
+    )
     reasons = [reason for rule in RULES if (reason := rule(facts))]
     deciding = [reason for reason in reasons if reason.decides]
     others = [reason for reason in reasons if not reason.decides]
@@ -63,7 +70,7 @@ def advise(
     elif facts.fits:
         summary = _take_it(facts)
     else:
-        summary = _make_it_fit(facts.ways, need, facts.held.total.resident)
+        summary = _make_it_fit(facts.ways, need, facts.held)
     others.sort(key=lambda reason: (reason.side == "dense") != (choice == "dense"))
     said = tuple(f"for {reason.side}: {reason.text}" for reason in deciding + others)
     return Verdict(choice=choice, summary=summary, reasons=said, options=facts.ways)
@@ -74,6 +81,7 @@ def facts_of(
     dense: Shape | None,
     need: Need,
     *,
+    train_tokens: float,
     tokens: float | None = None,
     dense_precision: Precision | None = None,
 ) -> Facts:
@@ -81,7 +89,7 @@ def facts_of(
     held = asked(shape, need)  # first, as it refuses what cannot be
     require("fine-tuning tokens", 1 if tokens is None else tokens, 1)
     stored = dense_precision or {**need.precision, "dense layers": need.precision["experts"]}
-    law = scaling.estimate(shape, _TOKENS_PER_ACTIVE * total(shape).active)
+    law = scaling.estimate(shape, train_tokens)
     rated = dense and total(dense).total >= law.dense_equal_loss
     peer = dense if dense and rated else dense_of(shape, law.dense_equal_loss)
     named = dense or peer
@@ -95,10 +103,12 @@ def facts_of(
         context=need.context,
         kv_bits=need.kv_bits,
         gpus=need.gpus,
-        link=need.link,
     )
     races = against(dense=opponent, batches=[need.batch, *BATCHES])
-    peer_here, peer_at_one = against(dense=peer, batches=[need.batch, 1])
+    (peer_here,) = against(dense=peer, batches=[need.batch])
+    enough = fewest_gpus(shape, need)
+    few = min(enough or need.gpus, need.gpus)
+    (peer_at_one,) = against(dense=peer, batches=[1], gpus=few)
     theirs = replace(need, precision=stored)
     peer_ways = options(peer, theirs)
     return Facts(
@@ -106,8 +116,9 @@ def facts_of(
         need=need,
         tokens=tokens,
         held=held,
+        enough=enough,
         ways=options(shape, need),
-        tax=routing_tax(shape, need.precision, need.device, context=need.context),
+        tax=routing(shape, need),
         worth=law.dense_equal_loss,
         extrapolated=bool(law.beyond),
         dense=opponent,
@@ -121,7 +132,21 @@ def facts_of(
         peer_ways=peer_ways,
         named=named,
         named_held=asked(named, theirs),
+        named_enough=fewest_gpus(named, theirs),
         named_ways=peer_ways if named is peer else options(named, theirs),
+    )
+
+
+def routing(shape: Shape, need: Need) -> float:
+    """The share of a decode step that routing takes there; see `speed.routing_tax`."""
+    return routing_tax(
+        shape,
+        need.precision,
+        need.device,
+        batch=need.batch,
+        context=need.context,
+        kv_bits=need.kv_bits,
+        gpus=need.gpus,
     )
 
 
@@ -155,10 +180,10 @@ def _between(small: Layer, large: Layer, share: float) -> Layer:
 def _of_dense(shape: Shape, need: Need) -> Verdict:
     held, ways = asked(shape, need), options(shape, need)
     size = gb(held.total.resident)
-    if per_gpu(held, need.gpus) <= need.memory:
+    if held.total.resident <= need.room:
         summary = f"{shape.name} has no experts and takes {size} of {place(need)}"
         return Verdict(choice="dense", summary=summary, reasons=(), options=ways)
-    summary = _make_it_fit(ways, need, held.total.resident)
+    summary = _make_it_fit(ways, need, held)
     return Verdict(choice="make it fit", summary=summary, reasons=(), options=ways)
 
 
@@ -178,16 +203,17 @@ def _stay_dense(facts: Facts, reason: Reason) -> str:
     ways = usable(facts.named_ways, facts.need)
     if ways:
         return f"Stay dense: {reason.text}; {facts.named.name} fits with {ways[0].what}"
-    most = _KEPT * facts.need.memory * facts.need.gpus * 8 / sum(FORMATS["int4"][1:])
+    most = _KEPT * facts.need.room * 8 / sum(FORMATS["int4"][1:])
     room = f"{facts.named.name} does not fit either, up to about {billions(most)} would at 4 bits"
     return f"Stay dense: {reason.text}; {room}"
 
 
-def _make_it_fit(ways: tuple[Option, ...], need: Need, size: float) -> str:
-    took = f"Make it fit: as asked it takes {gb(size)} of {place(need)}"
+def _make_it_fit(ways: tuple[Option, ...], need: Need, held: Memory) -> str:
+    took = f"Make it fit: as asked it takes {gb(held.total.resident)} of {place(need)}"
     here = usable(ways, need)
     if not here:
-        return f"{took}; {ways[0].what} hold it" if ways else f"{took}; 64 do not hold it either"
+        way = f"{ways[0].what} hold it" if ways else f"{MOST_GPUS:,} do not hold it either"
+        return f"{took}; {way}"
     best, quick = here[0], max(here, key=lambda way: way.tokens_per_second)
     found = f"{took}; {_said(best)}"
     return found if quick is best else f"{found}, or, faster, {_said(quick)}"

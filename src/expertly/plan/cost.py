@@ -7,6 +7,7 @@ from expertly.plan.hardware import Device, flops_at
 from expertly.plan.memory import require
 
 UTILISATION = 0.4  # of the bf16 peak; what large dense runs reach, MoE runs often less
+_LEAST = 1e-12  # below it, hours are beyond all numbers
 _HOUR = 3600
 _KILO = 1000
 
@@ -91,7 +92,7 @@ def _check_price(price: float | None) -> None:
 
 def _check_utilisation(utilisation: float, flag: str) -> None:
     """Raises E208 for a share of the peak that no run has; flag: whence it comes."""
-    if not 0 < utilisation <= 1:
+    if not _LEAST <= utilisation <= 1:
         why = f"utilisation {utilisation:.3g} of the bf16 peak, expected above 0, at most 1"
         raise ExpertlyError("E208", flag, why, fix=f"correct {flag}")
 

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 from expertly.plan.hardware import Device
 from expertly.plan.memory import serving
+from expertly.plan.options import LAYOUTS
 from expertly.plan.precision import name_of, precision
 from expertly.plan.quality import quality
 from expertly.plan.shape import Shape, total
 from expertly.plan.speed import decode
-
-# as --bits says them, the best first; None: as the checkpoint has it
-_LAYOUTS = (None, "8", "4", "3,attention=4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +37,8 @@ def fits(
 ) -> list[Fit]:
     """The models that fit into so many bytes of one device, the fastest first.
 
-    Each in its checkpoint's own format if that fits, else in 8, 4 or 3 bits. Raises E208 for a
-    context or kv_bits out of range.
+    Each in its checkpoint's own format if that fits, else in fewer bits (options.LAYOUTS). Raises
+    E208 for a context or kv_bits out of range.
     """
     found = (next(_in_formats(shape, memory, device, context, kv_bits), None) for shape in shapes)
     return sorted(filter(None, found), key=lambda fit: -fit.tokens_per_second)
@@ -51,7 +49,7 @@ def _in_formats(
 ) -> Iterator[Fit]:
     """The formats in which it fits, the best first."""
     count = total(shape)
-    for bits in _LAYOUTS:
+    for bits in (None, *LAYOUTS):
         stored = precision(shape, None, bits)
         held = serving(shape, stored, context=context, kv_bits=kv_bits).total.resident
         if held > memory:

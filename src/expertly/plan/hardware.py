@@ -5,15 +5,19 @@ Figures are peaks by data sheet. Nothing reaches them; a plan's times are lower 
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from expertly.config import load
 from expertly.errors import ExpertlyError, nearest
 
+MACHINE = 8  # GPUs in one, at most
+_LINKS = ("link", "network", "host_link")
 _TABLE = Path(__file__).with_name("hardware.yaml")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,8 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
-    """One GPU, or a computer with one memory. FLOP rates are dense, by format."""
+class Figures:
+    """What one GPU can do, or a computer with one memory. FLOP rates are dense, by format."""
 
     name: str = ""  # the key in the file
     memory: float  # bytes
@@ -41,10 +45,26 @@ class Device:
     flops: dict[str, float]  # per second; fp32, bf16, and fp8 if it has units for that
     watts: float | None = None
     usd_per_hour: float | None = None  # None: nobody rents it out
-    link: str  # between two of these
-    host_link: str  # from what experts are offloaded to
     kernel: float = 2e-6  # seconds to launch one
     source: str = "given"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device(Figures):
+    """A device with its links."""
+
+    link: Link  # between those of one machine
+    network: Link  # between machines
+    host_link: Link  # from what experts are offloaded to
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry(Figures):
+    """A device as the file has it: with the names of its links."""
+
+    link: str
+    network: str = "infiniband-400"
+    host_link: str
 
     def problems(self) -> Iterator[tuple[str, str]]:
         numbers = {name: getattr(self, name) for name in ("memory", "bandwidth", "watts")}
@@ -59,12 +79,12 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class _Hardware:
-    devices: dict[str, Device] = field(default_factory=dict)
+    devices: dict[str, _Entry] = field(default_factory=dict)
     links: dict[str, Link] = field(default_factory=dict)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name, device in self.devices.items():
-            for leaf in ("link", "host_link"):
+            for leaf in _LINKS:
                 if (link := getattr(device, leaf)) not in self.links:
                     yield f"devices.{name}.{leaf}", f"is {link}, which links does not have"
 
@@ -78,11 +98,13 @@ class _Edits:
 
 
 def devices(extra: Path | None = None) -> dict[str, Device]:
-    """Every device by name. extra: a file like hardware.yaml, laid over it line by line.
+    """Every device by name, with its links. extra: a file like hardware.yaml, laid over it line
+    by line.
 
     Raises E201, E202 or E203 for a file that is not like that.
     """
-    return {key: replace(held, name=key) for key, held in _hardware(extra).devices.items()}
+    known = links(extra)
+    return {key: _joined(key, entry, known) for key, entry in _hardware(extra).devices.items()}
 
 
 def links(extra: Path | None = None) -> dict[str, Link]:
@@ -90,14 +112,19 @@ def links(extra: Path | None = None) -> dict[str, Link]:
     return {key: replace(held, name=key) for key, held in _hardware(extra).links.items()}
 
 
-def device_of(name: str, extra: Path | None = None) -> Device:
-    """A device by name, in capitals or not. Raises E208 for an unknown one."""
-    return _named(name, devices(extra), "device")
+def device_of(name: str, extra: Path | None = None, flag: str = "--gpu") -> Device:
+    """A device by name, in capitals or not. Raises E208 for an unknown one, said by that flag."""
+    return _named(name, devices(extra), flag, "device")
 
 
-def link_of(name: str, extra: Path | None = None) -> Link:
-    """A link by name, in capitals or not. Raises E208 for an unknown one."""
-    return _named(name, links(extra), "link")
+def link_of(name: str, extra: Path | None = None, flag: str = "--link") -> Link:
+    """A link by name, in capitals or not. Raises E208 for an unknown one, said by that flag."""
+    return _named(name, links(extra), flag, "link")
+
+
+def between(device: Device, gpus: int) -> Link:
+    """What joins so many of a device: its own link in one machine, a network beyond 8 of them."""
+    return device.link if gpus <= MACHINE else device.network
 
 
 def flops_at(device: Device, format_name: str) -> float:
@@ -109,6 +136,13 @@ def flops_at(device: Device, format_name: str) -> float:
     if format_name in ("fp32", "fp8"):
         return device.flops.get(format_name, device.flops["bf16"])
     return device.flops["bf16"]
+
+
+def _joined(name: str, entry: _Entry, known: Mapping[str, Link]) -> Device:
+    """A device of the file with its links themselves."""
+    figures = {each.name: getattr(entry, each.name) for each in fields(Figures)}
+    ends = {leaf: known[getattr(entry, leaf)] for leaf in _LINKS}
+    return Device(**{**figures, **ends, "name": name})
 
 
 @cache
@@ -125,13 +159,13 @@ def _lines(extra: Path) -> Iterator[str]:
                 yield f"{section}.{name}.{key}={json.dumps(value, ensure_ascii=False, default=str)}"
 
 
-def _named(name: str, known: Mapping[str, Any], what: str) -> Any:
+def _named(name: str, known: Mapping[str, T], flag: str, what: str) -> T:
     word, keys = name.strip().casefold(), {key.casefold(): key for key in known}
     if word in keys:
         return known[keys[word]]
     close = [held for key, held in keys.items() if word and (word in key or key in word)]
     fix = f"write {' or '.join(close)}" if close else nearest(word, known)
-    raise ExpertlyError("E208", name or "''", f"is no {what} that we know", fix=fix)
+    raise ExpertlyError("E208", f"{flag} {name[:40]}", f"no {what} that we know", fix=fix)
 
 
 def _not_positive(numbers: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:

@@ -3,50 +3,48 @@
 The page and the JSON show the same numbers. docs/plan.md says what each key means.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from expertly.plan.advice import advise
-from expertly.plan.cost import serving_cost, training_cost
+from expertly.plan.advice import advise, routing
+from expertly.plan.cost import serving_cost
+from expertly.plan.hardware import between
 from expertly.plan.memory import kv_cache, kv_per_token
+from expertly.plan.options import MOST_GPUS, asked, cached, fewest_gpus
 from expertly.plan.precision import Precision, name_of, weights
 from expertly.plan.question import (
-    MOST_GPUS,
     Question,
-    cached_share,
     contenders,
-    gpus_needed,
-    gpus_to_train,
     need,
-    served,
     tokens_of,
 )
 from expertly.plan.scaling import estimate
 from expertly.plan.shape import Shape, parameters, total
-from expertly.plan.speed import Step, decode, fades_at, prefill, race, routing_tax
+from expertly.plan.speed import Step, decode, fades_at, prefill, race
 from expertly.plan.touched import experts_touched
-from expertly.plan.traffic import all_to_all, offload
-from expertly.plan.training import METHODS, Layout, flops_per_token, training, training_flops
+from expertly.plan.traffic import offload
+from expertly.plan.training import METHODS, flops_per_token
+from expertly.plan.training_job import costs, traffic, training_gpus, training_memory
 
 Answer = dict[str, Any]
-_NODE = 8  # GPUs of one machine
 _PROMPT = 2048
 
 
 def plan(question: Question) -> Answer:
     """Answer all of it. Raises E208 for numbers that cannot be, E202 for none."""
+    enough = fewest_gpus(question.shape, need(question, question.gpus or 1))
     # experts are put elsewhere where more devices are not to be had
-    gpus = question.gpus or (1 if question.offload else gpus_needed(question))
+    gpus = question.gpus or (1 if question.offload else enough or MOST_GPUS)
     return {
         **about(question.shape),
         **sizes(question.shape, question.precision, question.kv_bits),
-        "memory": memory(question),
-        "machine": machine(question, gpus),
+        "memory": memory(question, gpus),
+        "machine": machine(question, gpus, enough),
         "models": [column(question, gpus, *each) for each in contenders(question)],
         "kv_cache_against": caches(question),
         "decode": decoding(question, gpus),
-        "offload": offloading(question),
+        "offload": offloading(question, gpus),
         "all_to_all": traffic(question, gpus),
         "training": training_memory(question),
         "cost": costs(question),
@@ -56,6 +54,7 @@ def plan(question: Question) -> Answer:
                 question.shape,
                 question.against,
                 need(question, gpus),
+                train_tokens=tokens_of(question),
                 tokens=question.tuning_tokens,
                 dense_precision=question.against_precision,
             )
@@ -95,26 +94,26 @@ def sizes(shape: Shape, precision: Precision, kv_bits: float) -> Answer:
     }
 
 
-def memory(question: Question) -> Answer:
+def memory(question: Question, gpus: int) -> Answer:
     """What serving takes on all GPUs together: resident, and touched by a decode step."""
-    held = served(question)
-    asked = {
+    held = asked(question.shape, need(question, gpus))
+    said = {
         "context": question.context,
         "batch": question.batch,
         "kv_bits": question.kv_bits,
     }
     parts = ("weights", "kv_cache", "activations", "dispatch", "total")
-    return asked | {part: getattr(held, part)._asdict() for part in parts}
+    return said | {part: getattr(held, part)._asdict() for part in parts}
 
 
-def machine(question: Question, gpus: int) -> Answer:
+def machine(question: Question, gpus: int, enough: int | None) -> Answer:
     """What it is planned for."""
     return {
         "device": question.device.name,
         "gpus": gpus,
         "memory_bytes": question.memory,
-        "gpus_needed": gpus_needed(question),
-        "link": question.links[0].name,
+        "gpus_needed": enough,
+        "link": between(question.device, gpus).name,
         "source": question.device.source,
     }
 
@@ -122,24 +121,23 @@ def machine(question: Question, gpus: int) -> Answer:
 def column(question: Question, gpus: int, role: str, shape: Shape, stored: Precision) -> Answer:
     """One model in a row of numbers, on the same GPUs as the others."""
     run = partial(decode, context=question.context, kv_bits=question.kv_bits, gpus=gpus)
-    step = run(shape, stored, question.device, batch=question.batch, link=question.links[0])
-    first = prefill(
-        shape, stored, question.device, tokens=_PROMPT, gpus=gpus, link=question.links[0]
-    )
+    step = run(shape, stored, question.device, batch=question.batch)
+    first = prefill(shape, stored, question.device, tokens=_PROMPT, gpus=gpus)
     held = sizes(shape, stored, question.kv_bits)
     parts = held["parameters"].pop("by_part")
-    cache = question.batch * kv_cache(shape, question.context, question.kv_bits)
+    cache = kv_cache(shape, question.context, question.kv_bits, batch=question.batch, gpus=gpus)
     return {
         "role": role,
         "name": shape.name,
         **held,
         "bytes_by_part": {part: each["bytes"] for part, each in parts.items()}
         | {"KV cache": cache},
+        "fits": fits(question, gpus, shape, stored, question.batch),
         "flops_per_token": flops_per_token(shape, context=question.context),
         "decode_tokens_per_second": step.tokens_per_second,
         "decode_seconds": step.seconds,
         "prefill_tokens_per_second": first.tokens_per_second,
-        "train_gpus": {method: gpus_to_train(question, shape, method) for method in METHODS},
+        "train_gpus": {method: training_gpus(question, shape, method) for method in METHODS},
     }
 
 
@@ -176,28 +174,34 @@ def decoding(question: Question, gpus: int) -> Answer | None:
         context=question.context,
         kv_bits=question.kv_bits,
         gpus=gpus,
-        link=question.links[0],
     )
     moe = shape.moe_layers[0].feed_forward
     rows = [
         {
             "batch": each.batch,
             "experts_touched": experts_touched(moe.experts, moe.top_k, each.batch),
-            "moe": _speed(each.moe, question, gpus),
-            "dense": _speed(each.dense, question, gpus),
+            "moe": _speed(each.moe, question, gpus)
+            | {"fits": fits(question, gpus, shape, question.precision, each.batch)},
+            "dense": _speed(each.dense, question, gpus)
+            | {"fits": fits(question, gpus, dense, dense_precision, each.batch)},
             "speed_ratio": each.ratio,
             "bytes_ratio": each.bytes_ratio,
             "flops_ratio": each.flops_ratio,
         }
         for each in races
     ]
-    tax = routing_tax(shape, question.precision, question.device, batch=question.batch)
     return {
         "against": dense.name,
         "rows": rows,
         "fades_at": fades_at(races),
-        "routing_tax": tax,
+        "routing_tax": routing(shape, need(question, gpus)),
     }
+
+
+def fits(question: Question, gpus: int, shape: Shape, stored: Precision, batch: int) -> bool:
+    """Whether the GPUs hold a model with so many sequences."""
+    here = replace(need(question, gpus), precision=stored, batch=batch)
+    return asked(shape, here).total.resident <= question.memory * gpus
 
 
 def _speed(step: Step, question: Question, gpus: int) -> Answer:
@@ -211,83 +215,24 @@ def _speed(step: Step, question: Question, gpus: int) -> Answer:
     }
 
 
-def offloading(question: Question) -> Answer | None:
+def offloading(question: Question, gpus: int) -> Answer | None:
     """Decoding with the experts behind a link; None where nobody asks, or there are none."""
     if question.offload is None or not question.shape.moe_layers:
         return None
-    hits = question.hit_rate if question.hit_rate is not None else cached_share(question)
+    hits = question.hit_rate
+    if hits is None:
+        hits = cached(question.shape, need(question, gpus))
     found = offload(
         question.shape,
         question.precision,
         question.device,
-        question.offload,
         hit_rate=hits,
         batch=question.batch,
         context=question.context,
         kv_bits=question.kv_bits,
+        gpus=gpus,
     )
-    return {"link": question.offload.name, **asdict(found)}
-
-
-def traffic(question: Question, gpus: int) -> list[Answer]:
-    """All-to-all of a training step with experts spread over ranks, for every kind of link."""
-    moes = question.shape.moe_layers
-    if not moes:
-        return []
-    asked = question.layout.ep if question.layout else 1
-    asked = asked if asked > 1 else (gpus if gpus > 1 else _NODE)
-    experts = moes[0].feed_forward.experts
-    ranks = max(rank for rank in range(1, min(asked, experts) + 1) if experts % rank == 0)
-    flops = training_flops(question.shape, question.context, context=question.context)
-    cost = training_cost(flops, question.device, utilisation=question.utilisation)
-    found = [
-        all_to_all(
-            question.shape,
-            link,
-            ranks=ranks,
-            tokens=question.context,
-            compute_seconds=cost.gpu_hours * 3600,
-            backward=True,
-        )
-        for link in question.links
-    ]
-    return [{**asdict(each), "link": each.link.name, "ranks": ranks} for each in found]
-
-
-def training_memory(question: Question) -> Answer:
-    """Bytes on each GPU to train it, by what they are for."""
-    layout = question.layout or Layout(
-        fsdp=gpus_to_train(question, question.shape, question.method) or MOST_GPUS
-    )
-    held = training(
-        question.shape,
-        layout=layout,
-        method=question.method,
-        checkpointing=question.checkpointing,
-        batch=question.batch,
-        context=question.context,
-        imbalance=max(question.imbalance, 1.5),
-    )
-    return {
-        "asked": question.layout is not None or question.method != "full",
-        "method": question.method,
-        "layout": layout._asdict(),
-        "per_gpu": asdict(held) | {"total": held.total},
-        "fits": held.total <= question.memory,
-    }
-
-
-def costs(question: Question) -> Answer:
-    """Training FLOPs, hours, money and energy."""
-    flops = training_flops(question.shape, tokens_of(question), context=question.context)
-    found = training_cost(
-        flops,
-        question.device,
-        utilisation=question.utilisation,
-        gpu_hours=question.gpu_hours,
-        price=question.price,
-    )
-    return {"tokens": tokens_of(question), **asdict(found)}
+    return {"link": question.device.host_link.name, **asdict(found)}
 
 
 def scaling(question: Question) -> Answer | None:

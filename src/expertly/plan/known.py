@@ -31,16 +31,17 @@ def config_of(target: str) -> tuple[str, dict[str, Any]]:
     Raises E305 for a target that is none of them or has an impossible value in it, E301 for a
     file that is no JSON object.
     """
-    path = Path(target)
     if target in known():
         return target, known()[target]
-    if path.is_file():
-        return (path.parent.resolve().name if path.name == "config.json" else path.stem), (
-            read_config_file(path)
-        )
-    if path.is_dir():
-        return path.resolve().name, read_config(path)
+    path, why = Path(target), "neither a folder, a file nor a built-in model"
+    try:
+        if path.is_file():
+            name = path.parent.resolve().name if path.name == "config.json" else path.stem
+            return name, read_config_file(path)
+        if path.is_dir():
+            return path.resolve().name, read_config(path)
+    except OSError as error:  # no name that a file can have, or not ours to read
+        why = f"{why} ({error.strerror})"
     if target.lower() in known():
         return target.lower(), known()[target.lower()]
-    why = "neither a folder, a file nor a built-in model"
-    raise ExpertlyError("E305", target, why, fix=nearest(target.lower(), known()))
+    raise ExpertlyError("E305", target[:100], why, fix=nearest(target[:100].lower(), known()))

@@ -61,7 +61,13 @@ MAKES: dict[str, Make] = {
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(_GEMMA2, qk_norm="head", window="all but every sixth"),
+    "gemma3_text": replace(
+        _GEMMA2,
+        qk_norm="head",
+        window="all but every sixth",
+        # released configs leave out even these
+        defaults={**_GEMMA2.defaults, "num_attention_heads": 8, "vocab_size": 262_208},
+    ),
     "olmo2": Make(qk_norm="all"),
     "granite": _LLAMA,
     "mixtral": replace(_MISTRAL, defaults={"num_key_value_heads": 8}),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from expertly.errors import ExpertlyError
 from expertly.plan import precision as formats
 from expertly.plan.precision import Bytes, Precision
-from expertly.plan.shape import Layer, Shape
+from expertly.plan.shape import Attention, Layer, Shape
 
-_ACTIVATION = 2  # bytes: weights of few bits compute in half precision too
+ACTIVATION = 2  # bytes: weights of few bits compute in half precision too
 _LOGIT = 4
 
 
@@ -36,16 +36,21 @@ def kv_per_token(shape: Shape, kv_bits: float = 16) -> float:
     return sum(kept) * kv_bits / 8
 
 
-def kv_cache(shape: Shape, context: float, kv_bits: float = 16) -> float:
-    """Bytes of one sequence of `context` tokens; a layer with a window keeps only so many.
+def kv_cache(
+    shape: Shape, context: float, kv_bits: float = 16, *, batch: int = 1, gpus: int = 1
+) -> float:
+    """Bytes of `batch` sequences of `context` tokens, on all GPUs together.
 
-    kv_bits counts scales and zeros too, as the 6 bits on average of DeepSeek-V2 (section 3.2.3).
+    A layer with a window keeps only so many tokens. GPUs share the cache out by its sequences, and
+    one sequence by its key heads, of which a latent has none: where there are more GPUs than that,
+    some hold the same. kv_bits counts scales and zeros too, as the 6 bits on average of
+    DeepSeek-V2 (section 3.2.3).
     """
     kept = (
-        many * layer.attention.cache * min(context, layer.attention.window or context)
+        many * _kept(layer.attention, context) * gpus / min(gpus, layer.attention.shards * batch)
         for layer, many in shape.decoder.kinds.items()
     )
-    return sum(kept) * kv_bits / 8
+    return batch * sum(kept) * kv_bits / 8
 
 
 def serving(
@@ -55,42 +60,32 @@ def serving(
     context: int,
     batch: int = 1,
     kv_bits: float = 16,
+    gpus: int = 1,
     chunk: int = 2048,
     imbalance: float = 1.0,
 ) -> Memory:
     """Bytes to serve `batch` sequences of `context` tokens, prefilled `chunk` tokens at a time.
 
-    imbalance: how many more copies of tokens the fullest GPU gets than an average one. Attention is
-    taken as fused, without a matrix of scores. Raises E208 for numbers out of range.
+    Of all GPUs together: they share the weights out, the cache as far as `kv_cache` says, and each
+    has all activations. imbalance: how many more copies of tokens the fullest GPU gets than an
+    average one. Attention is taken as fused, without a matrix of scores. Raises E208 for numbers
+    out of range.
     """
     require("--context", context, 1)
     require("--batch", batch, 1)
     require("--kv-bits", kv_bits, 1, 32)
+    require("--gpus", gpus, 1)
     require("--chunk", chunk, 1)
     require("--imbalance", imbalance, 1)
     held = formats.weights(shape, precision, batch).values()
-    cache = batch * kv_cache(shape, context, kv_bits)
+    cache = kv_cache(shape, context, kv_bits, batch=batch, gpus=gpus)
     tokens = min(chunk, batch * context)
     return Memory(
         weights=Bytes(sum(each.resident for each in held), sum(each.touched for each in held)),
         kv_cache=Bytes(cache, cache),
-        activations=_activations(shape, tokens, batch),
-        dispatch=_dispatch(shape, tokens * imbalance, batch * imbalance),
+        activations=_times(gpus, _activations(shape, tokens, batch)),
+        dispatch=_times(gpus, _dispatch(shape, tokens * imbalance, batch * imbalance)),
     )
-
-
-def dispatched(layer: Layer, shape: Shape) -> int:
-    """Elements per token from its copies for its experts to their answers: (assignments, ...).
-
-    The copies, what is inside the experts (gate, up and their product), and the answers.
-    """
-    moe = layer.feed_forward
-    return moe.top_k * (2 * shape.dim + inner(shape) * moe.expert_width)
-
-
-def inner(shape: Shape) -> int:
-    """How many results as wide as itself a feed-forward has: gate and up, or one, and theirs."""
-    return 3 if shape.gated else 2
 
 
 def queries(layer: Layer) -> int:
@@ -104,12 +99,30 @@ def keys_and_values(layer: Layer) -> int:
     return attention.pair if attention.absorbed else attention.cache
 
 
+def looked_back(window: int | None, context: float) -> float:
+    """At how many tokens one looks, itself included, on average over a sequence of `context`.
+
+    The first looks at one, the next at two, until a window is full.
+    """
+    full = min(window or context, context)
+    return full * (1 - (full - 1) / (2 * context))
+
+
 def require(flag: str, value: float, least: float, most: float = 1e15) -> None:
     """Raises E208 for a number outside its range, or none."""
     if not least <= value <= most:
-        upto = f" to {most:g}" if most < 1e15 else ""
+        upto = f" to {most:g}" if most < 1e15 or value > most else ""
         why = f"is {value:g}, expected a number from {least:g}{upto}"
         raise ExpertlyError("E208", flag, why, fix=f"correct {flag}")
+
+
+def _kept(attention: Attention, context: float) -> float:
+    """Elements that a layer keeps of one sequence."""
+    return attention.cache * min(context, attention.window or context)
+
+
+def _times(gpus: int, each: Bytes) -> Bytes:
+    return Bytes(gpus * each.resident, gpus * each.touched)
 
 
 def _activations(shape: Shape, tokens: float, batch: float) -> Bytes:
@@ -117,21 +130,32 @@ def _activations(shape: Shape, tokens: float, batch: float) -> Bytes:
     kinds = shape.decoder.kinds
     moments = {layer: shape.dim + _widest(layer, shape) for layer in kinds}
     logits = _LOGIT * shape.vocab * batch
-    resident = _ACTIVATION * tokens * max(moments.values(), default=0) + logits
+    resident = ACTIVATION * tokens * max(moments.values(), default=0) + logits
     passed = sum(kinds[layer] * moment for layer, moment in moments.items())
-    return Bytes(resident, _ACTIVATION * batch * passed + logits)
+    return Bytes(resident, ACTIVATION * batch * passed + logits)
 
 
 def _widest(layer: Layer, shape: Shape) -> int:
     """Elements per token beside the residual at once: in attention, or in a dense feed-forward."""
     attending = queries(layer) + keys_and_values(layer) + layer.attention.width
-    return shape.dim + max(attending, inner(shape) * layer.feed_forward.width)
+    return shape.dim + max(attending, _results(shape) * layer.feed_forward.width)
 
 
 def _dispatch(shape: Shape, tokens: float, batch: float) -> Bytes:
     """Of one layer at a time; a step passes all of them."""
     kinds = shape.decoder.kinds
-    copies = {layer: dispatched(layer, shape) for layer in kinds}
-    resident = _ACTIVATION * tokens * max(copies.values(), default=0)
-    passed = sum(kinds[layer] * each for layer, each in copies.items())
-    return Bytes(resident, _ACTIVATION * batch * passed)
+    routed = {layer: _routed(layer, shape) for layer in kinds}
+    resident = ACTIVATION * tokens * max(routed.values(), default=0)
+    passed = sum(kinds[layer] * each for layer, each in routed.items())
+    return Bytes(resident, ACTIVATION * batch * passed)
+
+
+def _routed(layer: Layer, shape: Shape) -> int:
+    """Elements of a token on the way through its experts: copies, what is inside, answers."""
+    moe = layer.feed_forward
+    return moe.top_k * (2 * shape.dim + _results(shape) * moe.expert_width)
+
+
+def _results(shape: Shape) -> int:
+    """How many results as wide as itself a feed-forward has: gate and up, or one, and theirs."""
+    return 3 if shape.gated else 2

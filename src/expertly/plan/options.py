@@ -1,7 +1,7 @@
 """Ways to make a model fit: fewer bits, a smaller KV cache, experts in RAM, more or fewer GPUs.
 
-A GPU of several holds its share of weights and KV cache, and all activations. No room is kept for
-a driver: cards have up to 7 % more bytes than the GB that their data sheets and this plan count.
+Bytes are those of all GPUs together, as memory.serving counts them. No room is kept for a driver:
+cards have up to 7 % more bytes than the GB that their data sheets and this plan count.
 """
 
 from collections.abc import Iterator
@@ -9,20 +9,21 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
-from expertly.plan.hardware import Device, Link, links
+from expertly.plan.hardware import MACHINE, Device, between
 from expertly.plan.memory import Memory, require, serving
-from expertly.plan.precision import Bytes, Precision, name_of, precision, weights
+from expertly.plan.precision import Precision, name_of, precision, weights
 from expertly.plan.quality import quality
 from expertly.plan.shape import Shape
 from expertly.plan.speed import decode
 from expertly.plan.traffic import offload
+from expertly.plan.units import gb
 
 LAYOUTS = ("8", "4", "3,attention=4", "2.5,attention=4")  # as --bits says them
 _KV_BITS = (8, 4)
 _SAVES = 0.97  # fewer bits must leave less than this share of the weights' bytes
-_GPUS = (1, 2, 4, 8, 16, 32, 64)  # that tensor parallelism can divide heads among
-_MACHINE = 8  # GPUs in one; more are joined by a network
-_NETWORK = "infiniband-400"
+MOST_GPUS = 4096
+_GPUS = tuple(2**power for power in range(13))  # that tensor parallelism can divide heads among
+_DISKS = ("nvme", "sata")
 _RAM = 4  # times the GPUs' memory: what is assumed of their machine
 _DEAR = 2.0  # points; to lose so many more for speed alone is no option
 _FASTER = 1.25  # what costs more quality, or more GPUs, must be at least so many times faster
@@ -41,8 +42,12 @@ class Need:
     kv_bits: float = 16
     ram: float | None = None  # bytes for offloaded experts; None: 4 times the GPUs' memory
     hit_rate: float | None = None  # of requests for experts; None: the share on the GPUs
-    link: Link | None = None  # between GPUs of one machine; None: the device's own
-    offload: Link | None = None  # to where experts are offloaded; None: the device's own
+    imbalance: float = 1.0  # tokens of the fullest expert rank over the mean
+
+    @property
+    def room(self) -> float:
+        """Bytes of all GPUs together."""
+        return self.memory * self.gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,9 @@ class Option:
 
 
 class _Layout(NamedTuple):
-    stored: Precision
+    need: Need  # with its formats
     flags: tuple[str, ...]
-    held: Memory  # with the KV cache as it is asked for
+    held: Memory
 
 
 def options(shape: Shape, need: Need) -> tuple[Option, ...]:
@@ -88,35 +93,44 @@ def asked(shape: Shape, need: Need) -> Memory:
     require("--gpus", need.gpus, 1)
     require("--memory", need.memory, 1)
     require("--hit-rate", need.hit_rate or 0.0, 0, 1)
-    return _held(shape, need, need.precision)
+    return serving(
+        shape,
+        need.precision,
+        context=need.context,
+        batch=need.batch,
+        kv_bits=need.kv_bits,
+        gpus=need.gpus,
+        imbalance=need.imbalance,
+    )
 
 
-def per_gpu(held: Memory, gpus: int) -> float:
-    """Bytes of it that each of so many GPUs holds."""
-    shared = held.weights.resident + held.kv_cache.resident
-    return shared / gpus + held.activations.resident + held.dispatch.resident
+def fewest_gpus(shape: Shape, need: Need) -> int | None:
+    """How many GPUs hold it: a power of two, or as many as there are; None if 4,096 do not."""
+    several = (replace(need, gpus=gpus) for gpus in sorted({*_GPUS, need.gpus}))
+    return next((each.gpus for each in several if _fits(asked(shape, each), each)), None)
 
 
-def fewest_gpus(held: Memory, memory: float) -> int | None:
-    """How many GPUs hold it at least, a power of two; None if 64 do not."""
-    return next((gpus for gpus in _GPUS if per_gpu(held, gpus) <= memory), None)
+def cached(shape: Shape, need: Need) -> float:
+    """The share of its routed experts that find room on the GPUs beside all the rest."""
+    experts = weights(shape, need.precision)["experts"].resident
+    away = asked(shape, need).total.resident - need.room
+    return min(max(1 - away / experts, 0.0), 1.0)
 
 
 def ram(need: Need) -> float:
     """Bytes that offloaded experts may take; a disk sets no limit."""
-    if host_link(need).name in ("nvme", "sata"):
+    if need.device.host_link.name in _DISKS:
         return inf
-    return _RAM * need.memory * need.gpus if need.ram is None else need.ram
-
-
-def host_link(need: Need) -> Link:
-    """Between a GPU and where offloaded experts lie."""
-    return need.offload or links()[need.device.host_link]
+    return _RAM * need.room if need.ram is None else need.ram
 
 
 def smallest(shape: Shape, need: Need) -> float:
     """Bytes of the model at the fewest bits that are advised, on all GPUs together."""
     return min(layout.held.total.resident for layout in _layouts(shape, need))
+
+
+def _fits(held: Memory, need: Need) -> bool:
+    return held.total.resident <= need.room
 
 
 def _rank(option: Option, need: Need) -> tuple[bool, float, float]:
@@ -131,118 +145,97 @@ def _beats(other: Option, option: Option) -> bool:
 
 
 def _all(shape: Shape, need: Need) -> Iterator[Option]:
-    fewer = [bits for bits in _KV_BITS if bits < need.kv_bits]
     for layout in _layouts(shape, need):
-        fitting = (
-            bits
-            for bits in (need.kv_bits, *fewer)
-            if per_gpu(_cached(layout, need, bits), need.gpus) <= need.memory
-        )
-        here = next(fitting, None)
+        caches = (need.kv_bits, *(bits for bits in _KV_BITS if bits < need.kv_bits))
+        ways = (replace(layout.need, kv_bits=bits) for bits in caches)
+        here = next((way for way in ways if _fits(asked(shape, way), way)), None)
         if here is not None:
-            yield _on_gpus(shape, need, layout, here, need.gpus)
-        if here != need.kv_bits:
-            yield from _offloaded(shape, need, layout)
-        gpus = fewest_gpus(layout.held, need.memory)
+            yield _on_gpus(shape, need, here, layout.flags)
+        if here is None or here.kv_bits != need.kv_bits:
+            yield from _offloaded(shape, layout)
+        gpus = fewest_gpus(shape, layout.need)
         if gpus is not None and gpus != need.gpus:
-            yield _on_gpus(shape, need, layout, need.kv_bits, gpus)
+            yield _on_gpus(shape, need, replace(layout.need, gpus=gpus), layout.flags)
 
 
 def _layouts(shape: Shape, need: Need) -> Iterator[_Layout]:
     """The formats that are asked for, then those of fewer bits that save bytes."""
-    first = _Layout(need.precision, (), asked(shape, need))
+    first = _Layout(need, (), asked(shape, need))
     yield first
     for bits in LAYOUTS:
-        stored = precision(shape, None, bits)
-        held = _held(shape, need, stored)
+        lower = replace(need, precision=precision(shape, None, bits))
+        held = asked(shape, lower)
         if held.weights.resident < _SAVES * first.held.weights.resident:
-            yield _Layout(stored, ("--bits", bits), held)
+            yield _Layout(lower, ("--bits", bits), held)
 
 
-def _held(shape: Shape, need: Need, stored: Precision) -> Memory:
-    return serving(shape, stored, context=need.context, batch=need.batch, kv_bits=need.kv_bits)
-
-
-def _cached(layout: _Layout, need: Need, kv_bits: float) -> Memory:
-    """Its bytes with a KV cache of other bits."""
-    sizes = (size * kv_bits / need.kv_bits for size in layout.held.kv_cache)
-    return replace(layout.held, kv_cache=Bytes(*sizes))
-
-
-def _on_gpus(shape: Shape, need: Need, layout: _Layout, kv_bits: float, gpus: int) -> Option:
-    """All of it on GPUs."""
-    words, flags = [name_of(layout.stored, shape)], [*layout.flags]
-    if kv_bits != need.kv_bits:
-        words.append(f"KV cache {kv_bits:g} bits")
-        flags += ["--kv-bits", f"{kv_bits:g}"]
-    far = gpus > _MACHINE
-    if gpus != need.gpus:
-        words.append(f"{gpus} GPU" + "s" * (gpus > 1) + f" over {_NETWORK}" * far)
-        flags += ["--gpus", f"{gpus}"]
+def _on_gpus(shape: Shape, need: Need, way: Need, layout: tuple[str, ...]) -> Option:
+    """All of it on GPUs. way: the need with the formats and GPUs of this option."""
+    words, flags = [name_of(way.precision, shape)], [*layout]
+    if way.kv_bits != need.kv_bits:
+        words.append(f"KV cache {way.kv_bits:g} bits")
+        flags += ["--kv-bits", f"{way.kv_bits:g}"]
+    if way.gpus != need.gpus:
+        words.append(_gpus(way))
+        flags += ["--gpus", f"{way.gpus}"]
     step = decode(
         shape,
-        layout.stored,
-        need.device,
-        batch=need.batch,
-        context=need.context,
-        kv_bits=kv_bits,
-        gpus=gpus,
-        link=links()[_NETWORK] if far else need.link,
+        way.precision,
+        way.device,
+        batch=way.batch,
+        context=way.context,
+        kv_bits=way.kv_bits,
+        gpus=way.gpus,
     )
-    lost = quality(shape, layout.stored, kv_bits)
+    lost = quality(shape, way.precision, way.kv_bits)
     return Option(
         what=", ".join(words),
         flags=" ".join(flags),
-        fits=gpus <= need.gpus,
-        resident=per_gpu(_cached(layout, need, kv_bits), gpus) * gpus,
-        gpus=gpus,
+        fits=way.gpus <= need.gpus,
+        resident=asked(shape, way).total.resident,
+        gpus=way.gpus,
         tokens_per_second=step.tokens_per_second,
         quality=lost.points,
         known=lost.known,
     )
 
 
-def _offloaded(shape: Shape, need: Need, layout: _Layout) -> Iterator[Option]:
+def _gpus(way: Need) -> str:
+    far = f" over {between(way.device, way.gpus).name}" if way.gpus > MACHINE else ""
+    return f"{way.gpus:,} GPU" + "s" * (way.gpus > 1) + far
+
+
+def _offloaded(shape: Shape, layout: _Layout) -> Iterator[Option]:
     """With the experts that find no room on the other side of the host's link; or nothing."""
-    away = (per_gpu(layout.held, need.gpus) - need.memory) * need.gpus
-    experts = weights(shape, layout.stored, need.batch).get("experts")
+    need = layout.need
+    away = layout.held.total.resident - need.room
+    experts = weights(shape, need.precision, need.batch).get("experts")
     if experts is None or away > ram(need):
         return
     at_once = experts.touched / len(shape.moe_layers)  # those of one layer
     if away > experts.resident - at_once:
         return
-    share = away / experts.resident
-    hit_rate = 1 - share if need.hit_rate is None else need.hit_rate
-    lost = quality(shape, layout.stored, need.kv_bits)
-    words = f"{share:.0%} of the experts ({away / 1e9:.3g} GB) over {host_link(need).name}"
-    yield Option(
-        what=f"{name_of(layout.stored, shape)}, {words}",
-        flags=" ".join([*layout.flags, "--offload", host_link(need).name]),
-        fits=True,
-        resident=need.memory * need.gpus,
+    share, link = away / experts.resident, need.device.host_link.name
+    loading = offload(
+        shape,
+        need.precision,
+        need.device,
+        hit_rate=1 - share if need.hit_rate is None else need.hit_rate,
+        batch=need.batch,
+        context=need.context,
+        kv_bits=need.kv_bits,
         gpus=need.gpus,
-        tokens_per_second=_loading_speed(shape, need, layout.stored, hit_rate),
+    )
+    lost = quality(shape, need.precision, need.kv_bits)
+    words = f"{share:.0%} of the experts ({gb(away)}) over {link}"
+    yield Option(
+        what=f"{name_of(need.precision, shape)}, {words}",
+        flags=" ".join([*layout.flags, "--offload", link]),
+        fits=True,
+        resident=need.room,
+        gpus=need.gpus,
+        tokens_per_second=loading.slow,
         quality=lost.points,
         known=lost.known,
         offloaded=share,
     )
-
-
-def _loading_speed(shape: Shape, need: Need, stored: Precision, hit_rate: float) -> float:
-    """Tokens per second. Several GPUs share each load, every one over a link of its own."""
-    device, link = need.device, host_link(need)
-    together = replace(
-        device,
-        bandwidth=device.bandwidth * need.gpus,
-        flops={name: rate * need.gpus for name, rate in device.flops.items()},
-    )
-    return offload(
-        shape,
-        stored,
-        together,
-        replace(link, bandwidth=link.bandwidth * need.gpus),
-        hit_rate=hit_rate,
-        batch=need.batch,
-        context=need.context,
-        kv_bits=need.kv_bits,
-    ).slow

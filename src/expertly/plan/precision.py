@@ -29,6 +29,7 @@ class Bytes(NamedTuple):
 
 Precision = Mapping[str, Format]  # every part of a model -> its format
 
+# what quantizers reach; routers, norms, embeddings and head stay as they are
 QUANTISABLE = ("experts", "shared experts", "dense layers", "attention")
 _SCALE = 16  # bits of a group's scale; its zero has as many as a weight
 _GROUP = 128  # weights to a group (EAC-MoE, section 4.1)
@@ -53,18 +54,25 @@ _BITS = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,4})?)(?:g([0-9]{1,5}))?")
 def precision(shape: Shape, dtype: str | None = None, bits: str | None = None) -> Precision:
     """The format of every part.
 
-    dtype: a name of FORMATS, for all parts; None: as the model's checkpoint has them, bf16 where
-    it does not say. bits: over it, for attention and feed-forwards alone: "4", "2.5" (a mix of 2
-    and 3 bits), "4g32" (groups of 32, not 128), with exceptions, "3,attention=4"; 16 is bf16.
-    Raises E208 for a dtype, a part, bits (1 to 16) or a group (1 to 65536) that there is not.
+    dtype: a name as format_of has it, for all parts; None: as the model's checkpoint has them,
+    bf16 where it does not say. bits: over it, for attention and feed-forwards alone: "4", "2.5" (a
+    mix of 2 and 3 bits), "4g32" (groups of 32, not 128), with exceptions, "3,attention=4"; 16 is
+    bf16. Raises E208 for a dtype, a part, bits (1 to 16) or a group (1 to 65536) that there is not.
     """
-    stored = (shape.stored or {}) if dtype is None else {}
-    base = stored.get("", "bf16") if dtype is None else dtype
-    formats = {part: _named(stored.get(part, base)) for part in PARTS}
+    stored = shape.stored or {}
+    names = {part: stored.get(part, "bf16") if dtype is None else dtype for part in PARTS}
+    formats = {part: _named(name) for part, name in names.items()}
     words = [] if bits is None else bits.split(",")
     for place, word in enumerate(words):
         formats.update(_said(word.strip(), first=place == 0))
     return formats
+
+
+def format_of(name: str) -> Format | None:
+    """A format by its name: one of FORMATS, "float16", "int5" or "int4g32"; None for no format."""
+    known = _ALIASES.get(name.lower(), name.lower())
+    found = FORMATS.get(known)
+    return found or (_in_bits(known[3:]) if known.startswith("int") else None)
 
 
 def name_of(precision: Precision, shape: Shape | None = None) -> str:
@@ -107,18 +115,18 @@ def _read(shape: Shape, batch: float) -> dict[str, float]:
     read["experts"] = sum(
         many * experts_touched(moe.experts, moe.top_k, batch) * moe.expert for moe, many in moes
     )
-    if shape.head:
+    if not shape.tied:
         read["embeddings"] = min(batch * shape.dim, shape.embeddings)
     return read
 
 
 def _named(name: str) -> Format:
     """A format by its name; E208 for an unknown one."""
-    known = _ALIASES.get(name.lower(), name.lower())
-    if known not in FORMATS:
-        fix = nearest(known, FORMATS)
+    found = format_of(name)
+    if found is None:
+        fix = nearest(name.lower(), FORMATS)
         raise ExpertlyError("E208", "--dtype", f"{name[:40]!r} is no format", fix=fix)
-    return FORMATS[known]
+    return found
 
 
 def _said(word: str, *, first: bool) -> dict[str, Format]:
@@ -133,11 +141,18 @@ def _said(word: str, *, first: bool) -> dict[str, Format]:
 
 
 def _of_bits(text: str) -> Format:
-    """The format for "4", "2.5" or "4g32"."""
+    """The format for "4", "2.5" or "4g32"; E208 for no bits."""
+    found = _in_bits(text)
+    if found is None:
+        raise _wrong(text, "is not BITS, 1 to 16, or BITSgGROUP, GROUP 1 to 65536")
+    return found
+
+
+def _in_bits(text: str) -> Format | None:
     found = _BITS.fullmatch(text)
     bits, group = (float(found[1]), int(found[2] or _GROUP)) if found else (0.0, 0)
     if not (1 <= bits <= 16 and 1 <= group <= 65536):
-        raise _wrong(text, "is not BITS, 1 to 16, or BITSgGROUP, GROUP 1 to 65536")
+        return None
     if bits == 16:
         return FORMATS["bf16"]
     name = f"int{bits:g}" + (f"g{group}" if group != _GROUP else "")

@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 
-from expertly.plan.advice import Need
 from expertly.plan.hardware import Device, Link
-from expertly.plan.memory import Memory, serving
-from expertly.plan.precision import Precision, weights
+from expertly.plan.options import Need
+from expertly.plan.precision import Precision
 from expertly.plan.shape import Shape, rival, total
-from expertly.plan.training import Layout, training
+from expertly.plan.training import Layout
 
-MOST_GPUS = 4096
 _TOKENS_PER_ACTIVE = 20  # where nothing says how many a model is trained on (Chinchilla)
 
 
@@ -30,11 +27,14 @@ class Question:
     context: int = 4096
     batch: int = 1
     kv_bits: float = 16
-    imbalance: float = 1.0  # the load of the fullest rank of experts over the mean
+    imbalance: float | None = None  # load of the fullest rank of experts over the mean
     offload: Link | None = None
     hit_rate: float | None = None
+    ram: float | None = None  # bytes for offloaded experts; None: 4 times the GPUs' memory
     layout: Layout | None = None
     method: str = "full"
+    rank: int = 16  # of adapters
+    mixed: bool = True  # training in bf16 with an fp32 master copy
     checkpointing: bool = True
     train_tokens: float | None = None
     tuning_tokens: float | None = None
@@ -43,35 +43,9 @@ class Question:
     price: float | None = None
 
 
-def served(question: Question) -> Memory:
-    """What serving it takes, on all GPUs together."""
-    return serving(
-        question.shape,
-        question.precision,
-        context=question.context,
-        batch=question.batch,
-        kv_bits=question.kv_bits,
-        imbalance=question.imbalance,
-    )
-
-
-def gpus_needed(question: Question) -> int:
-    """How many of the devices share the weights and the cache, each beside its activations."""
-    held = served(question)
-    each = question.memory - held.activations.resident - held.dispatch.resident
-    shared = held.weights.resident + held.kv_cache.resident
-    return ceil(shared / each) if each > shared / MOST_GPUS else MOST_GPUS
-
-
-def gpus_to_train(question: Question, shape: Shape, method: str) -> int | None:
-    """How many devices, fully sharded, train it on a sequence each; None: more than 4,096."""
-    gpus = 1
-    while gpus <= MOST_GPUS:
-        held = training(shape, layout=Layout(fsdp=gpus), method=method, context=question.context)
-        if held.total <= question.memory:
-            return gpus
-        gpus *= 2
-    return None
+def uneven(question: Question, usual: float) -> float:
+    """The imbalance that is asked for, or what is usual."""
+    return usual if question.imbalance is None else question.imbalance
 
 
 def contenders(question: Question) -> Iterator[tuple[str, Shape, Precision]]:
@@ -85,13 +59,6 @@ def contenders(question: Question) -> Iterator[tuple[str, Shape, Precision]]:
         yield "equal memory", rival(shape, memory=True), as_experts
     if question.against:
         yield "vs", question.against, question.against_precision or stored
-
-
-def cached_share(question: Question) -> float:
-    """The share of the experts that fit beside all the rest: how often even routing hits them."""
-    experts = weights(question.shape, question.precision)["experts"].resident
-    rest = served(question).total.resident - experts
-    return min(max((question.memory * (question.gpus or 1) - rest) / experts, 0.0), 1.0)
 
 
 def tokens_of(question: Question) -> float:
@@ -110,6 +77,6 @@ def need(question: Question, gpus: int) -> Need:
         batch=question.batch,
         kv_bits=question.kv_bits,
         hit_rate=question.hit_rate,
-        link=question.links[0],
-        offload=question.offload,
+        ram=question.ram,
+        imbalance=uneven(question, 1.0),
     )

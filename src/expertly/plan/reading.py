@@ -4,11 +4,10 @@ What transformers' classes make of a config is what is counted here: tests build
 device and compare part by part.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from expertly.families import Sizes, decoder, family_of, moe_layer_indices, sizes
+from expertly.families import Sizes, family_of, moe_layer_indices, sizes
 from expertly.models.configs import check_values
 from expertly.plan.makes import MAKES, Make
 from expertly.plan.numbers import whole, wrong
@@ -60,6 +59,7 @@ def read_shape(config: Config, name: str) -> Shape:
     layers = tuple(kinds.setdefault(layer, layer) for layer in made)
     tied = bool(config.get("tie_word_embeddings"))
     bias = vocab * on(config, make.head_bias)
+    stored = stored_as(config)
     return Shape(
         name=name,
         family=config["model_type"],
@@ -70,83 +70,16 @@ def read_shape(config: Config, name: str) -> Shape:
         head=bias + (0 if tied else vocab * dim),
         norms=dim * (1 + make.norm_bias),
         context=config.get("max_position_embeddings"),
-        stored=stored_as(config),
+        stored=stored.formats,
+        notes=(*_left_out(config), *stored.notes),
     )
 
 
-def shape_of_counts(
-    config: Config, name: str, layers: Sequence[Mapping[str, int]], rest: Mapping[str, int]
-) -> Shape:
-    """A Shape from counted parameters by part: of each layer, and of the rest.
-
-    What no count says, caches and windows, is read as the common keys say it: a layer that
-    is called anything else than an attention keeps no cache that grows. Raises E305.
-    """
-    if not layers:
-        raise wrong("no layers are found by num_hidden_layers")
-    said = decoder(config)
-    dim, vocab = whole(said, "hidden_size"), whole(said, "vocab_size")
-    make = Make(window="all")
-    said = with_defaults(said, make)
-    inner = FeedForward()
-    if family_of(config) is not None:
-        inner = _experts({**said, **config, "hidden_size": dim}, make, sizes(config))
-    blocks = tuple(
-        _counted(counts, _cached(said, make, index), inner) for index, counts in enumerate(layers)
-    )
-    return Shape(
-        name=name,
-        family=config["model_type"],
-        dim=dim,
-        vocab=vocab,
-        layers=blocks,
-        embeddings=rest.get("embeddings", 0),
-        head=rest.get("head", 0),
-        norms=rest.get("norms", 0),
-        other=sum(
-            count for part, count in rest.items() if part not in ("embeddings", "head", "norms")
-        ),
-        context=said.get("max_position_embeddings"),
-        stored=stored_as(config),
-        notes=(f"{config['model_type']} has no formulas here: counted on the meta device",),
-    )
-
-
-def _cached(said: Config, make: Make, layer: int) -> Attention:
-    """What a counted layer's attention keeps; nothing where the layer's kind is another."""
-    kinds = said.get("layer_types")
-    kind = kinds[layer] if isinstance(kinds, list) and len(kinds) > layer else "attention"
-    return (
-        attention(said, make, layer)
-        if "attention" in str(kind) and ("linear" not in str(kind))
-        else Attention()
-    )
-
-
-def _counted(counts: Mapping[str, int], seen: Attention, inner: FeedForward) -> Layer:
-    """A layer with counted parameters, and sizes as they were read."""
-    experts = counts.get("experts", 0)
-    if experts and not inner.experts:
-        raise wrong("it has experts, but does not say how many")
-    network = FeedForward(
-        dense=counts.get("dense layers", 0),
-        shared=counts.get("shared experts", 0),
-        width=inner.width if experts else 0,
-    )
-    if experts:
-        network = replace(
-            inner,
-            dense=counts.get("dense layers", 0),
-            shared=counts.get("shared experts", 0),
-            router=counts.get("router", 0),
-            expert=experts // inner.experts,
-        )
-    return Layer(
-        attention=replace(seen, weights=counts.get("attention", 0), norms=0),
-        feed_forward=network,
-        norms=counts.get("norms", 0),
-        other=counts.get("other", 0) + (0 if experts else counts.get("router", 0)),
-    )
+def _left_out(config: Config) -> Iterator[str]:
+    """What a checkpoint may hold that its class does not load."""
+    ahead = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
+    if isinstance(ahead, int) and ahead > 0:
+        yield f"without its {ahead} layers that predict further tokens (MTP), which no class loads"
 
 
 def with_defaults(config: Config, make: Make) -> Config:
@@ -175,6 +108,7 @@ def attention(config: Config, make: Make, layer: int) -> Attention:
         norms=norms,
         width=width,
         cache=kept,
+        shards=keys,
         pair=2 * width,
         window=window(config, make, layer),
     )
@@ -227,7 +161,7 @@ def _networks(config: Config, make: Make) -> list[FeedForward]:
         check_values(config, "config.json")
     has_experts = family_of(config) is not None
     moe = set(moe_layer_indices(config)) if has_experts else set()
-    inner = _experts(config, make, sizes(config)) if has_experts else FeedForward()
+    inner = experts(config, make, sizes(config)) if has_experts else FeedForward()
     if moe.issuperset(range(number)):
         return [inner] * number
     width = whole(config, "intermediate_size")
@@ -235,7 +169,7 @@ def _networks(config: Config, make: Make) -> list[FeedForward]:
     return [inner if layer in moe else dense for layer in range(number)]
 
 
-def _experts(config: Config, make: Make, moe: Sizes) -> FeedForward:
+def experts(config: Config, make: Make, moe: Sizes) -> FeedForward:
     """The network of an MoE layer."""
     check_experts(moe)
     dim = whole(config, "hidden_size")

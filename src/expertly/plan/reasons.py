@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from expertly.plan.memory import Memory
-from expertly.plan.options import Need, Option, fewest_gpus, per_gpu, ram, smallest
+from expertly.plan.memory import Memory, kv_cache
+from expertly.plan.options import MOST_GPUS, Need, Option, ram, smallest
 from expertly.plan.shape import Shape, total
 from expertly.plan.speed import Race
+from expertly.plan.units import billions, gb, number
 
 PACE = 5.0  # tokens per second and sequence: about as fast as people read
 LEAD = 1.1  # times as fast; less is none, as the roofline is no more exact
@@ -40,6 +41,7 @@ class Facts:
     need: Need
     tokens: float | None  # of the fine-tuning set
     held: Memory
+    enough: int | None  # the fewest GPUs that hold it
     ways: tuple[Option, ...]
     tax: float
     worth: float  # parameters of a dense model with its loss, by the scaling law
@@ -50,11 +52,12 @@ class Facts:
     here: Race  # with the batch that is asked for
     fades: int | None
     peer: Shape  # the dense model that is as good: the one given if that is, else one made up
-    peer_at_one: Race
+    peer_at_one: Race  # on no more GPUs than it takes: on more, routing and links are all there is
     peer_here: Race
     peer_ways: tuple[Option, ...]
     named: Shape  # the dense model to take instead: the one given, else the peer
     named_held: Memory
+    named_enough: int | None
     named_ways: tuple[Option, ...]
 
     @property
@@ -65,7 +68,7 @@ class Facts:
     @property
     def fits(self) -> bool:
         """Whether the MoE fits as it is asked for."""
-        return per_gpu(self.held, self.need.gpus) <= self.need.memory
+        return self.held.total.resident <= self.need.room
 
 
 def usable(ways: tuple[Option, ...], need: Need) -> tuple[Option, ...]:
@@ -110,9 +113,11 @@ def too_small_to_route(facts: Facts) -> Reason | None:
     ratio = facts.peer_at_one.ratio
     if facts.tax < TAX or ratio >= 1 + TAX:
         return None
+    spread = facts.enough and facts.enough < facts.need.gpus
+    few = " on no more GPUs than it takes" if spread else ""
     text = (
         f"too small for the routing tax: routing takes {facts.tax:.0%} of a step, and even at "
-        f"batch 1 it is {ratio:.2f} times as fast as {facts.peer.name}, {_GOOD}"
+        f"batch 1{few} it is {ratio:.2f} times as fast as {facts.peer.name}, {_GOOD}"
     )
     return Reason("dense", text, decides=True)
 
@@ -145,10 +150,9 @@ def behind(facts: Facts) -> Reason | None:
 
 def several_gpus(facts: Facts) -> Reason | None:
     """Simple infrastructure: the dense model runs on one GPU, the MoE takes several."""
-    ours = fewest_gpus(facts.held, facts.need.memory)
-    if ours == 1 or per_gpu(facts.named_held, 1) > facts.need.memory:
+    if facts.enough == 1 or facts.named_enough != 1:
         return None
-    gpus = f"{ours} GPUs" if ours else "more than 64 GPUs"
+    gpus = f"{facts.enough:,} GPUs" if facts.enough else f"more than {MOST_GPUS:,} GPUs"
     text = f"as asked {facts.named.name} runs on one GPU, the MoE takes {gpus}"
     if facts.as_good and facts.fits and facts.here.ratio < LEAD:
         return Reason("dense", f"{text} and is no faster at this batch", decides=True)
@@ -159,8 +163,8 @@ def misses(facts: Facts) -> Reason | None:
     """It does not fit as it is asked for."""
     if facts.fits:
         return None
-    enough = fewest_gpus(facts.held, facts.need.memory)
-    gpus = f"{enough} GPUs would hold it" if enough else "64 GPUs would not hold it"
+    enough = facts.enough
+    gpus = f"{enough or MOST_GPUS:,} GPUs would{'' if enough else ' not'} hold it"
     size = gb(facts.held.total.resident)
     dense = f"{facts.named.name} would take {gb(facts.named_held.total.resident)}"
     return Reason("dense", f"as asked it takes {size} of {place(facts.need)}; {gpus}; {dense}")
@@ -171,9 +175,9 @@ def holds(facts: Facts) -> Reason | None:
     if not facts.fits:
         return None
     text = f"as asked it takes {gb(facts.held.total.resident)} of {place(facts.need)}"
-    left = (facts.need.memory - per_gpu(facts.held, facts.need.gpus)) * facts.need.gpus
-    sequence = facts.held.kv_cache.resident / facts.need.batch
-    more = int(left / sequence) if sequence else 0
+    sequence = kv_cache(facts.shape, facts.need.context, facts.need.kv_bits)
+    left = facts.need.room - facts.held.total.resident + facts.held.kv_cache.resident
+    more = int(left / sequence) - facts.need.batch if sequence else 0
     room = f"; the rest has room for the KV cache of {more:,} more sequences" if more else ""
     return Reason("MoE", text + room)
 
@@ -231,24 +235,9 @@ RULES: tuple[Callable[[Facts], Reason | None], ...] = (
 )
 
 
-def number(value: float) -> str:
-    """Three digits, without powers of ten."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def gb(size: float) -> str:
-    """Bytes in GB."""
-    return f"{number(size / 1e9)} GB"
-
-
-def billions(parameters: float) -> str:
-    """Parameters."""
-    return f"{parameters / 1e9:.3g} B"
-
-
 def place(need: Need) -> str:
     """The GPUs at hand and their memory together."""
-    return f"{need.gpus} x {need.device.name} ({gb(need.memory * need.gpus)})"
+    return f"{need.gpus} x {need.device.name} ({gb(need.room)})"
 
 
 def _better(way: Option, others: list[Option], margin: float) -> Option | None:

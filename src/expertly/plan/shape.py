@@ -39,6 +39,7 @@ class Attention:
     norms: int = 0  # parameters of its norms: of queries, keys or latents
     width: int = 0  # of all heads' outputs together
     cache: int = 0  # what a token leaves in the KV cache
+    shards: int = 1  # GPUs that can share it out by its heads; a latent has none
     pair: int = 0  # multiply-adds for a token and one token that it looks back at
     absorbed: int = 0  # the same in decoding, where the cache holds a latent; 0: as pair
     window: int | None = None  # how many tokens it looks back at; None: all
@@ -116,21 +117,20 @@ class Shape:
         return replace(self, encoder=()) if self.encoder else self
 
     @cached_property
-    def counts(self) -> Mapping[str, Count]:
-        """What `parameters` gives."""
+    def _counts(self) -> dict[str, Count]:
         parts = Counter[str](embeddings=self.embeddings, head=self.head)
         parts.update(norms=self.norms, other=self.other)
         idle = Counter[str]()
         for layer, many in self.kinds.items():
             moe = layer.feed_forward
             idle["experts"] += many * (moe.experts - moe.top_k) * moe.expert
-            parts.update({part: many * held for part, held in _layer_parts(layer).items()})
+            parts.update({part: many * held for part, held in parts_of(layer).items()})
         return {part: Count(parts[part], parts[part] - idle[part]) for part in PARTS if parts[part]}
 
 
-def parameters(shape: Shape) -> dict[str, Count]:
+def parameters(shape: Shape) -> Mapping[str, Count]:
     """Parameters by part. Active is all but the experts that a token is not sent to."""
-    return dict(shape.counts)
+    return shape._counts
 
 
 def total(shape: Shape) -> Count:
@@ -168,7 +168,8 @@ def _dense(layer: Layer, memory: bool) -> Layer:
     return replace(layer, feed_forward=dense)
 
 
-def _layer_parts(layer: Layer) -> dict[str, int]:
+def parts_of(layer: Layer) -> dict[str, int]:
+    """All parameters of one layer by part."""
     attention, feed_forward = layer.attention, layer.feed_forward
     return {
         "attention": attention.weights,

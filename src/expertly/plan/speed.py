@@ -10,10 +10,10 @@ from functools import partial
 from math import sqrt
 from typing import NamedTuple
 
-from expertly.plan.hardware import Device, Link, flops_at, links
-from expertly.plan.memory import kv_cache
+from expertly.plan.hardware import Device, Link, between, flops_at
+from expertly.plan.memory import ACTIVATION, kv_cache, looked_back, require
 from expertly.plan.precision import Precision, weights
-from expertly.plan.shape import Layer, Shape, parameters
+from expertly.plan.shape import Shape, parameters
 from expertly.plan.touched import experts_touched, touched_spread
 
 BATCHES = tuple(2**power for power in range(11))  # 1 to 1024
@@ -21,7 +21,6 @@ BATCHES = tuple(2**power for power in range(11))  # 1 to 1024
 # kernels of a layer when fused as usual: attention with its norms and a feed-forward; and what
 # a router adds: scores, top-k, weights, sort, offsets, dispatch, combine, its own GEMM
 _KERNELS, _MOE_KERNELS = 10, 8
-_ACTIVATION = 2  # bytes of an activation, bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +66,25 @@ def decode(
     context: int = 4096,
     kv_bits: float = 16,
     gpus: int = 1,
-    link: Link | None = None,
     overhead: float | None = None,
 ) -> Step:
     """One new token for each of `batch` sequences that are `context` tokens long.
 
-    gpus share every layer (tensor parallel) over `link`, by default the device's own. overhead:
-    seconds per layer for launching kernels; None: so many kernels, by the device's figure.
+    gpus share every layer (tensor parallel) over what joins them, and the cache as far as
+    `kv_cache` says. overhead: seconds per layer for launching kernels; None: so many kernels, by
+    the device's figure. Raises E208 for less than one sequence or GPU.
     """
+    _check(batch, gpus)
     decoder = shape.decoder
     work = _weights(decoder, precision, device, tokens=batch, heads=batch)
     seen = [(layer.attention, many) for layer, many in decoder.kinds.items()]
     pairs = sum(
         many * (each.absorbed or each.pair) * _seen(context, each.window) for each, many in seen
     )
-    cache = batch * kv_cache(decoder, context, kv_bits)
+    cache = kv_cache(decoder, context, kv_bits, batch=batch, gpus=gpus)
     work["kv cache"] = _Work(cache, 2.0 * batch * pairs, flops_at(device, "bf16"))
     step = _step(decoder, work, device, gpus, batch)
-    return _with_costs(step, decoder, device, gpus=gpus, link=link, overhead=overhead)
+    return _with_costs(step, decoder, device, gpus=gpus, overhead=overhead)
 
 
 def prefill(
@@ -95,7 +95,6 @@ def prefill(
     tokens: int,
     batch: int = 1,
     gpus: int = 1,
-    link: Link | None = None,
     overhead: float | None = None,
 ) -> Step:
     """All of `batch` prompts of `tokens` tokens at once; of an encoder-decoder, its encoder.
@@ -103,17 +102,19 @@ def prefill(
     A token looks back at half of its prompt on average, or at its window; an encoder's looks at
     all. Only a prompt's last token has its logits computed. The rest is as in `decode`.
     """
+    require("tokens", tokens, 1)
+    _check(batch, gpus)
     source = replace(shape, layers=shape.encoder, encoder=()) if shape.encoder else shape
     heads = 0 if shape.encoder else batch
     work = _weights(source, precision, device, tokens=tokens * batch, heads=heads)
     pairs = sum(
-        many * layer.attention.pair * (tokens if shape.encoder else _looked_back(layer, tokens))
-        for layer, many in source.kinds.items()
+        many * each.pair * (tokens if shape.encoder else looked_back(each.window, tokens))
+        for each, many in ((layer.attention, many) for layer, many in source.kinds.items())
     )
-    written = 0.0 if shape.encoder else batch * kv_cache(source, tokens)
+    written = 0.0 if shape.encoder else kv_cache(source, tokens, batch=batch, gpus=gpus)
     work["kv cache"] = _Work(written, 2.0 * batch * tokens * pairs, flops_at(device, "bf16"))
     step = _step(source, work, device, gpus, tokens * batch)
-    return _with_costs(step, source, device, gpus=gpus, link=link, overhead=overhead)
+    return _with_costs(step, source, device, gpus=gpus, overhead=overhead)
 
 
 def race(
@@ -127,7 +128,6 @@ def race(
     context: int = 4096,
     kv_bits: float = 16,
     gpus: int = 1,
-    link: Link | None = None,
     overhead: float | None = None,
 ) -> list[Race]:
     """Decode steps of an MoE and of a dense model at each batch size; see `decode`.
@@ -140,7 +140,6 @@ def race(
         context=context,
         kv_bits=kv_bits,
         gpus=gpus,
-        link=link,
         overhead=overhead,
     )
     other = dense_precision or precision
@@ -161,20 +160,35 @@ def fades_at(races: Sequence[Race]) -> int | None:
 
 
 def routing_tax(
-    shape: Shape, precision: Precision, device: Device, *, batch: int = 1, context: int = 4096
+    shape: Shape,
+    precision: Precision,
+    device: Device,
+    *,
+    batch: int = 1,
+    context: int = 4096,
+    kv_bits: float = 16,
+    gpus: int = 1,
 ) -> float:
     """The share of a decode step that its dense rival of equal compute does without.
 
     The router's GEMM, the launches of the kernels that route, and what tokens' copies for their
     experts read and write: in to dispatch and out to combine, each once written and once read.
+    Every GPU has all of these copies. The arguments are those of `decode`.
     """
-    step = decode(shape, precision, device, batch=batch, context=context)
+    step = decode(
+        shape, precision, device, batch=batch, context=context, kv_bits=kv_bits, gpus=gpus
+    )
     moes = [layer.feed_forward for layer in shape.layers if layer.feed_forward.experts]
-    copies = batch * sum(moe.top_k for moe in moes) * shape.dim * _ACTIVATION
+    copies = batch * sum(moe.top_k for moe in moes) * shape.dim * ACTIVATION
     dispatch = 4 * copies / device.bandwidth
     launches = len(moes) * _MOE_KERNELS * device.kernel
     tax = step.by_part.get("router", 0.0) + launches + dispatch
     return tax / (step.seconds + dispatch)
+
+
+def _check(batch: int, gpus: int) -> None:
+    require("--batch", batch, 1)
+    require("--gpus", gpus, 1)
 
 
 def _beside(batch: int, moe: Step, dense: Step) -> Race:
@@ -238,7 +252,6 @@ def _with_costs(
     device: Device,
     *,
     gpus: int,
-    link: Link | None,
     overhead: float | None,
 ) -> Step:
     """The step with what every layer costs beside its work: launches, and all-reduces."""
@@ -246,8 +259,8 @@ def _with_costs(
     kernels = device.kernel * (_KERNELS * layers + _MOE_KERNELS * len(shape.moe_layers))
     costs = {"overhead": kernels if overhead is None else overhead * layers}
     if gpus > 1:
-        reduced = step.tokens * shape.dim * _ACTIVATION
-        costs["links"] = 2 * layers * _all_reduce(reduced, gpus, link or links()[device.link])
+        reduced = step.tokens * shape.dim * ACTIVATION
+        costs["links"] = 2 * layers * _all_reduce(reduced, gpus, between(device, gpus))
     return replace(
         step,
         seconds=step.seconds + sum(costs.values()),
@@ -265,9 +278,3 @@ def _all_reduce(size: float, gpus: int, link: Link) -> float:
 
 def _seen(context: float, window: int | None) -> float:
     return context if window is None else min(context, window)
-
-
-def _looked_back(layer: Layer, tokens: int) -> float:
-    """How many tokens one of a prompt looks at on average: 1, 2, 3 ... up to the window."""
-    window = _seen(tokens, layer.attention.window)
-    return window * (1 - (window - 1) / (2 * tokens))

@@ -50,6 +50,7 @@ def _stack(config: Config, layers: int, sparse_key: str, attentions: int) -> tup
         weights=attentions * 4 * dim * inner,
         width=inner,
         cache=2 * inner if attentions == 2 else 0,
+        shards=heads,
         pair=2 * inner,
     )
     buckets = heads * whole(config, "relative_attention_num_buckets", default=32)

@@ -18,7 +18,6 @@ class AllToAll:
     link: Link
     bytes_per_token_layer: float  # leaving a rank, mean of the MoE layers, forward
     seconds: float  # of a step, over all layers
-    share: float  # of the step, if nothing of it hides behind compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,29 +64,27 @@ def all_to_all(
     *,
     ranks: int,
     tokens: float,
-    compute_seconds: float,
     backward: bool = False,
+    imbalance: float = 1.0,
     dispatch: float = 2,
     combine: float = 2,
-    deduplicated: bool = True,
 ) -> AllToAll:
-    """The all-to-alls of a step of `tokens` tokens on each rank that computes so many seconds.
+    """The all-to-alls of a step of `tokens` tokens on each rank.
 
-    backward: the step trains, and sends as much again. The rest is as in `all_to_all_bytes`.
+    backward: the step trains, and sends as much again. imbalance: what the fullest rank has to
+    send over the mean; the others wait for it. The rest is as in `all_to_all_bytes`.
     """
     sizes = [
-        all_to_all_bytes(
-            layer, shape.dim, ranks, dispatch=dispatch, combine=combine, deduplicated=deduplicated
-        )
+        all_to_all_bytes(layer, shape.dim, ranks, dispatch=dispatch, combine=combine)
         for layer in shape.moe_layers
     ]
-    once = sum(2 * link.latency + tokens * size / link.bandwidth for size in sizes if size)
-    seconds = once * (2 if backward else 1)
+    once = sum(
+        2 * link.latency + imbalance * tokens * size / link.bandwidth for size in sizes if size
+    )
     return AllToAll(
         link=link,
         bytes_per_token_layer=sum(sizes) / max(len(sizes), 1),
-        seconds=seconds,
-        share=seconds / (seconds + compute_seconds) if seconds else 0.0,
+        seconds=once * (2 if backward else 1),
     )
 
 
@@ -95,15 +92,16 @@ def offload(
     shape: Shape,
     precision: Precision,
     device: Device,
-    link: Link,
     *,
     hit_rate: float,
     batch: int = 1,
     context: int = 4096,
     kv_bits: float = 16,
+    gpus: int = 1,
 ) -> Offload:
-    """Decoding with the routed experts behind `link` and a cache of them on the device.
+    """Decoding with the routed experts behind the host's link and a cache of them on the device.
 
+    Of several GPUs each loads its share of every expert, over a link of its own.
     hit_rate: the share of requests that find their expert there; a request is one layer's need
     of one of the distinct experts that its tokens chose. 0 keeps no expert at hand, 1 all.
     Raises E208 for a hit rate that is no share.
@@ -116,8 +114,11 @@ def offload(
         for moe in (layer.feed_forward for layer in shape.layers)
     ]
     size = weight_bytes(sum(misses * expert for misses, expert in loads), precision["experts"])
-    loading = size / link.bandwidth + link.latency * sum(misses for misses, _ in loads)
-    step = decode(shape, precision, device, batch=batch, context=context, kv_bits=kv_bits).seconds
+    link = device.host_link
+    loading = size / (link.bandwidth * gpus) + link.latency * sum(misses for misses, _ in loads)
+    step = decode(
+        shape, precision, device, batch=batch, context=context, kv_bits=kv_bits, gpus=gpus
+    ).seconds
     return Offload(
         bytes_per_token=size / batch,
         slow=batch / (step + loading),

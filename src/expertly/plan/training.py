@@ -3,18 +3,21 @@
 The states (weights, gradients, AdamW) follow from parameters alone; activations.py has the rest.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from math import gcd
 from typing import NamedTuple
 
 from expertly.errors import ExpertlyError, nearest
 from expertly.plan import activations
-from expertly.plan.memory import keys_and_values, queries, require
+from expertly.plan.memory import keys_and_values, looked_back, queries, require
 from expertly.plan.precision import Precision, precision, weight_bytes
-from expertly.plan.shape import Layer, Shape, parameters
+from expertly.plan.shape import Layer, Shape, parameters, parts_of
 
 METHODS = ("full", "lora", "qlora")
+IMBALANCE = 1.5  # of the tokens on the fullest GPU over the mean, while routers learn
 _FLOAT = 4  # bytes: the loss computes in fp32, whatever the weights are in
+_UNSHARED = ("gathered", "activations", "dispatch", "logits")  # what FSDP does not divide
 _STATES = 16  # bytes of a trained weight: itself, its gradient, a master copy if mixed, AdamW's two
 
 
@@ -55,6 +58,15 @@ class Training:
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
+class Least(NamedTuple):
+    """The fewest GPUs that a training fits on, or the most that were tried."""
+
+    layout: Layout
+    held: Training  # on each of them
+    fits: bool
+    largest: str  # of the parts that more GPUs do not make smaller
+
+
 class _Held(NamedTuple):
     """Some weights: bytes of those that stay as they are, number of those that are trained."""
 
@@ -72,7 +84,7 @@ def training(
     checkpointing: bool = True,
     batch: int = 1,
     context: int = 4096,
-    imbalance: float = 1.5,
+    imbalance: float = IMBALANCE,
 ) -> Training:
     """Bytes per GPU to train with AdamW on `batch` sequences of `context` tokens per FSDP rank.
 
@@ -91,7 +103,7 @@ def training(
     width = 2 if mixed else _FLOAT
     tokens = batch * context
     per_token = activations.saved(shape, width, tp=layout.tp, checkpointing=checkpointing)
-    copies = activations.dispatched(
+    copies = activations.saved_by_experts(
         shape, width, ep=layout.ep, tp=layout.tp, checkpointing=checkpointing, imbalance=imbalance
     )
     return Training(
@@ -106,8 +118,29 @@ def training(
     )
 
 
-def flops_per_token(shape: Shape, *, context: int, batch_of: str = "forward") -> float:
-    """FLOPs of one token, on average over a sequence of `context`: "forward", or "training".
+def least_gpus(
+    shape: Shape, memory: float, trained: Callable[..., Training], most: int = 4096
+) -> Least:
+    """The fewest GPUs of `memory` bytes each, a power of two up to `most`, that hold a training.
+
+    trained: what each GPU holds, by its keyword `layout`. All GPUs shard the model fully; experts
+    are gathered like the rest, or, where that does not fit, lie spread over as many GPUs as divide
+    both them and the GPUs.
+    """
+    gpus, experts = 1, gcd(*(layer.feed_forward.experts for layer in shape.moe_layers))
+    while True:
+        layouts = [Layout(fsdp=gpus, ep=ep) for ep in sorted({1, gcd(gpus, experts) or 1})]
+        tried = [(layout, trained(layout=layout)) for layout in layouts]
+        fitting = [each for each in tried if each[1].total <= memory]
+        if fitting or 2 * gpus > most:
+            layout, held = fitting[0] if fitting else min(tried, key=lambda each: each[1].total)
+            sizes = asdict(held)
+            return Least(layout, held, bool(fitting), max(_UNSHARED, key=lambda part: sizes[part]))
+        gpus *= 2
+
+
+def flops_per_token(shape: Shape, *, context: int, training: bool = False) -> float:
+    """FLOPs of one token in a forward pass, on average over a sequence of `context`.
 
     Two for every parameter that it meets in a product (not in the embeddings or norms; in the head
     also where it is the embeddings again), two for every multiply-add with the tokens it looks back
@@ -115,17 +148,17 @@ def flops_per_token(shape: Shape, *, context: int, batch_of: str = "forward") ->
     """
     active = {part: count.active for part, count in parameters(shape).items()}
     products = sum(active.values()) - active.get("embeddings", 0) - active.get("norms", 0)
-    products += 0 if shape.head else shape.vocab * shape.dim
+    products += shape.vocab * shape.dim if shape.tied else 0
     looks = sum(
-        many * layer.attention.pair * _looks_back(layer.attention.window, context)
+        many * layer.attention.pair * looked_back(layer.attention.window, context)
         for layer, many in shape.kinds.items()
     )
-    return 2 * (products + looks) * {"forward": 1, "training": 3}[batch_of]
+    return 2 * (products + looks) * (3 if training else 1)
 
 
 def training_flops(shape: Shape, tokens: float, *, context: int) -> float:
     """FLOPs to train on so many tokens, in sequences of `context`."""
-    return tokens * flops_per_token(shape, context=context, batch_of="training")
+    return tokens * flops_per_token(shape, context=context, training=True)
 
 
 def _check(shape: Shape, layout: Layout, method: str) -> None:
@@ -164,7 +197,7 @@ def _base(shape: Shape, method: str, mixed: bool) -> Precision:
 
 def _root(shape: Shape, method: str, base: Precision) -> _Held:
     """What is in no layer: embeddings, head, last norm."""
-    parts = {part: count.total for part, count in parameters(_only(shape)).items()}
+    parts = {name: getattr(shape, name) for name in ("embeddings", "head", "norms", "other")}
     return _held(parts, method, 0, base)
 
 
@@ -172,15 +205,10 @@ def _of_layer(
     layer: Layer, shape: Shape, method: str, rank: int, base: Precision
 ) -> tuple[_Held, _Held]:
     """One layer without its routed experts, and these."""
-    empty = replace(shape, embeddings=0, head=0, norms=0, other=0)
-    parts = {part: count.total for part, count in parameters(_only(empty, layer)).items()}
-    experts = {"experts": parts.pop("experts", 0)}
+    parts = parts_of(layer)
+    experts = {"experts": parts.pop("experts")}
     beside, of_experts = _adapters(layer, shape, rank)
     return _held(parts, method, beside, base), _held(experts, method, of_experts, base)
-
-
-def _only(shape: Shape, *layers: Layer) -> Shape:
-    return replace(shape, layers=layers, encoder=())
 
 
 def _held(parts: Mapping[str, int], method: str, adapters: float, base: Precision) -> _Held:
@@ -224,9 +252,3 @@ def _gathered(shape: Shape, layout: Layout, method: str, rank: int, mixed: bool)
 def _together(held: _Held, width: int, copies: int) -> float:
     """Bytes of so many copies of weights, and of one of their gradients."""
     return copies * (held.frozen + held.trained * width) + held.trained * width
-
-
-def _looks_back(window: int | None, context: int) -> float:
-    """At how many tokens one looks, itself included, on average over a sequence."""
-    full = min(window or context, context)
-    return (full * (full + 1) / 2 + (context - full) * full) / context

@@ -1,4 +1,4 @@
-"""Amounts as people write them: "24GB", "14.8T", "2.788M"."""
+"""Amounts as people write and read them: "24GB", "14.8T"; 24 GB, 12.9 B."""
 
 import re
 
@@ -11,7 +11,7 @@ _BYTES = {
     **{f"{prefix}b": 10.0**power for prefix, power in zip("kmgt", (3, 6, 9, 12), strict=True)},
     **{f"{prefix}ib": 1024.0**power for power, prefix in enumerate("kmgt", start=1)},
 }
-_LARGEST = 1e30
+_LARGEST = 1e18  # more bytes, or tokens, than there are
 
 
 def bytes_of(text: str, flag: str) -> float:
@@ -22,6 +22,21 @@ def bytes_of(text: str, flag: str) -> float:
 def count_of(text: str, flag: str) -> float:
     """The number in "14.8T", "2.788M" or "3e9". Raises E208 for anything else, or zero."""
     return _amount(text, flag, _COUNTS, "1.5T")
+
+
+def number(value: float) -> str:
+    """Three digits, without powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def gb(size: float) -> str:
+    """Bytes in GB."""
+    return f"{number(size / 1e9)} GB"
+
+
+def billions(parameters: float) -> str:
+    """Parameters."""
+    return f"{parameters / 1e9:.3g} B"
 
 
 def _amount(text: str, flag: str, units: dict[str, float], example: str) -> float:
