@@ -10,12 +10,13 @@ import pytest
 LINE = re.compile(r"expertly: error\[(E\d{3})\] [^\n]+: [^\n]+\. FIX: [^\n]+\n")
 MODEL = "mixtral-8x7b"
 # the keys of the JSON that are promised to stay
-KEYS = set(
-    "model family layers moe_layers experts top_k max_context notes parameters precision"
-    " weights_bytes weights_bytes_touched kv_cache_elements_per_token kv_cache_bytes_per_token"
-    " kv_cache_against memory machine models decode offload all_to_all training cost scaling_law"
-    " verdict".split()
-)
+WORDS = """
+    model family layers moe_layers experts top_k max_context notes parameters precision
+    weights_bytes weights_bytes_touched kv_cache_elements_per_token kv_cache_bytes_per_token
+    kv_cache_against memory machine models decode offload all_to_all training cost scaling_law
+    verdict
+"""
+KEYS = set(WORDS.split())
 SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,

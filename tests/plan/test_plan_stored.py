@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertly.plan.counted import shape_of_counts
 from expertly.plan.known import known, shape_of
 from expertly.plan.precision import QUANTISABLE, precision
-from expertly.plan.reading import read_shape, shape_of_counts
+from expertly.plan.reading import read_shape
 from expertly.plan.shape import PARTS
 from expertly.plan.stored import stored_as
 

@@ -131,17 +131,17 @@ def plan(
         from expertly.plan.plot import draw
 
         draw(found, plot)
-    pages = [page(found)]
+    if not json:
+        typer.echo(page(found))
     if measure:
         from expertly.cli.plan_more import measured, measured_page
 
         result = measured(model, question.shape, asked)
         found["measured"] = asdict(result)
-        pages.append(measured_page(result))
+        if not json:
+            typer.echo(f"\n{measured_page(result)}")
     if json:
         print_json(found)
-    else:
-        typer.echo("\n\n".join(pages))
 
 
 def _was_written(typed: typer.Context, name: str) -> bool:

@@ -33,7 +33,7 @@ def print_fits(asked: Mapping[str, Any], given: Iterable[str], json: bool) -> No
         if name not in _BESIDE:
             flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
             raise ExpertlyError("E208", flag, "does nothing beside --fit", fix=f"leave out {flag}")
-    device = device_for({**asked, "memory": asked["fit"]})
+    device = device_for(asked)
     shapes = [shape_of(name) for name in known()]
     context = 4096 if asked["context"] is None else asked["context"]
     found = fits(shapes, device.memory, device, context=context, kv_bits=asked["kv_bits"])
@@ -79,4 +79,4 @@ def measured_page(found: "Measurement") -> str:
     from expertly.bench.measured import tables
 
     shown = [f"{each.title}\n{table(each.rows)}" for each in tables(found)]
-    return "\n\n".join([*shown, *(f"! {note}" for note in found.notes)])
+    return "\n\n".join([*shown, "\n".join(f"! {note}" for note in found.notes)])

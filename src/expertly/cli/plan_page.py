@@ -243,7 +243,7 @@ def _scaling(found: Answer) -> str:
 
 def _verdict(found: Answer) -> str:
     said = found["verdict"]
-    lines = [f"verdict: {said['choice']}. {said['summary']}"]
+    lines = [f"verdict: {said['summary']}"]
     lines += [f"- {reason}" for reason in said["reasons"]]
     if said["options"]:
         rows = [["ways to run it", "memory", "GPUs", "tok/s", "points lost"]]

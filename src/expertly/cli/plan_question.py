@@ -81,7 +81,8 @@ def device_for(asked: Asked) -> Device:
     With the memory and the links that are asked for.
     """
     extra: Path | None = asked["hardware"]
-    size = bytes_of(asked["memory"], "--memory") if asked["memory"] else None
+    flag = "fit" if asked["fit"] else "memory"
+    size = bytes_of(asked[flag], f"--{flag}") if asked[flag] else None
     if asked["gpu"]:
         found = device_of(asked["gpu"], extra)
     elif size:

@@ -72,11 +72,11 @@ def serving(
     out of range.
     """
     require("--context", context, 1)
-    require("--batch", batch, 1)
+    require("--batch", batch, 1, 1e6)
     require("--kv-bits", kv_bits, 1, 32)
     require("--gpus", gpus, 1)
     require("--chunk", chunk, 1)
-    require("--imbalance", imbalance, 1)
+    require("--imbalance", imbalance, 1, 1000)
     held = formats.weights(shape, precision, batch).values()
     cache = kv_cache(shape, context, kv_bits, batch=batch, gpus=gpus)
     tokens = min(chunk, batch * context)
