@@ -8,21 +8,15 @@ from expertly.plan.known import shape_of
 from expertly.plan.precision import precision
 from expertly.plan.shape import Attention, FeedForward, Layer, Shape, total
 
+ATTENTION = Attention(weights=4 * 64 * 64, width=64, cache=2 * 64, pair=2 * 64)
+MOE = FeedForward(router=8 * 64, expert=3 * 64 * 32, expert_width=32, experts=8, top_k=2)
+LAYER = Layer(attention=ATTENTION, feed_forward=MOE, norms=128)
 TINY = Shape(
     name="tiny",
     family="mixtral",
     dim=64,
     vocab=1000,
-    layers=4
-    * (
-        Layer(
-            attention=Attention(weights=4 * 64 * 64, width=64, cache=2 * 64, pair=2 * 64),
-            feed_forward=FeedForward(
-                router=8 * 64, expert=3 * 64 * 32, expert_width=32, experts=8, top_k=2
-            ),
-            norms=128,
-        ),
-    ),
+    layers=(LAYER,) * 4,
     embeddings=64000,
     head=64000,
     norms=64,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import LAYER, MOE, TINY
 
 from expertly.errors import ExpertlyError
 from expertly.plan.known import shape_of
@@ -17,21 +18,7 @@ from expertly.plan.precision import (
     weight_bytes,
     weights,
 )
-from expertly.plan.shape import PARTS, Attention, FeedForward, Layer, Shape, total
-
-ATTENTION = Attention(weights=4 * 64 * 64, width=64, cache=2 * 64, pair=2 * 64)
-MOE = FeedForward(router=8 * 64, expert=3 * 64 * 32, expert_width=32, experts=8, top_k=2)
-LAYER = Layer(attention=ATTENTION, feed_forward=MOE, norms=128)
-TINY = Shape(
-    name="tiny",
-    family="mixtral",
-    dim=64,
-    vocab=1000,
-    layers=(LAYER,) * 4,
-    embeddings=64000,
-    head=64000,
-    norms=64,
-)
+from expertly.plan.shape import PARTS, FeedForward, total
 
 
 def resident(shape, formats):

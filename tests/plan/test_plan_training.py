@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import ATTENTION, LAYER, MOE, TINY
 
 from expertly.errors import ExpertlyError
 from expertly.models.build import build_model, model_config
 from expertly.plan.activations import saved, saved_by_experts
 from expertly.plan.known import shape_of
 from expertly.plan.reading import read_shape
-from expertly.plan.shape import Attention, FeedForward, Layer, Shape, rival, total
+from expertly.plan.shape import rival, total
 from expertly.plan.training import (
     Layout,
     flops_per_token,
@@ -23,19 +24,6 @@ from expertly.plan.training import (
     training_flops,
 )
 
-ATTENTION = Attention(weights=4 * 64 * 64, width=64, cache=2 * 64, pair=2 * 64)
-MOE = FeedForward(router=8 * 64, expert=3 * 64 * 32, expert_width=32, experts=8, top_k=2)
-LAYER = Layer(attention=ATTENTION, feed_forward=MOE, norms=128)
-TINY = Shape(
-    name="tiny",
-    family="mixtral",
-    dim=64,
-    vocab=1000,
-    layers=(LAYER,) * 4,
-    embeddings=64000,
-    head=64000,
-    norms=64,
-)
 DENSE = rival(TINY, memory=False)
 
 # --- activations, against torch
