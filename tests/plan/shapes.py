@@ -27,8 +27,8 @@ def need_for(shape, gpu="4090", gpus=1, bits=None, host_link=None, **changes):
     device = device_of(gpu)
     if host_link:
         device = replace(device, host_link=link_of(host_link))
-    settings = {"memory": device.memory, "gpus": gpus} | changes
-    return Need(device=device, precision=precision(shape, None, bits), **settings)
+    device = replace(device, memory=changes.pop("memory", device.memory))
+    return Need(device=device, precision=precision(shape, None, bits), gpus=gpus, **changes)
 
 
 def facts(name="mixtral-8x7b", *machine, vs=None, tokens=None, bits=None, **changes):

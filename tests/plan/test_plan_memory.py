@@ -48,25 +48,28 @@ def test_the_encoder_has_no_cache():
 
 
 def plan(shape=TINY, **given):
-    return serving(shape, precision(shape), **{"context": 256, "chunk": 64, **given})
+    return serving(shape, precision(shape), **{"context": 64, **given})
 
 
 def test_every_part_of_the_sum_by_hand():
     memory = plan(batch=2)
-    assert memory.kv_cache == (2 * 256 * 4 * 128 * 2,) * 2
-    # residual 64; norm 64; queries 64, keys and values 128, answers 64
-    assert memory.activations.resident == 2 * 64 * (64 + 64 + 256) + 4 * 1000 * 2
+    assert memory.kv_cache == (2 * 64 * 4 * 128 * 2,) * 2
+    # two prompts of 64 tokens; residual 64; norm 64; queries 64, keys and values 128, answers 64
+    assert memory.activations.resident == 2 * 128 * (64 + 64 + 256) + 4 * 1000 * 2
     assert memory.activations.touched == 2 * 2 * 4 * (64 + 64 + 256) + 4 * 1000 * 2
     # two experts each: a copy 64, gate, up and product 3 x 32, an answer 64
-    assert memory.dispatch.resident == 2 * 64 * 2 * (64 + 96 + 64)
+    assert memory.dispatch.resident == 2 * 128 * 2 * (64 + 96 + 64)
     assert memory.dispatch.touched == 2 * 2 * 4 * 2 * (64 + 96 + 64)
     parts = (memory.weights, memory.kv_cache, memory.activations, memory.dispatch)
     assert memory.total.resident == sum(part.resident for part in parts)
     assert memory.total.touched == sum(part.touched for part in parts)
 
 
-def test_a_chunk_is_no_longer_than_what_there_is_to_prefill():
-    assert plan(context=32).activations.resident == plan(context=32, chunk=32).activations.resident
+def test_a_prefill_takes_2048_tokens_at_a_time():
+    short, whole, long = (plan(context=context) for context in (2047, 2048, 100_000))
+    for part in ("activations", "dispatch"):
+        assert getattr(short, part).resident < getattr(whole, part).resident
+        assert getattr(whole, part) == getattr(long, part)
 
 
 def test_a_latent_is_unfolded_in_prefill():
@@ -75,7 +78,7 @@ def test_a_latent_is_unfolded_in_prefill():
     moved = replace(TINY, layers=(replace(LAYER, attention=latent),))
     memory = plan(moved)
     assert memory.activations.resident == 2 * 64 * (64 + 64 + 96 + 160 + 64) + 4 * 1000
-    assert memory.kv_cache.resident == 256 * 32 * 2
+    assert memory.kv_cache.resident == 64 * 32 * 2
 
 
 def test_without_a_gate_an_expert_has_two_results_not_three():
@@ -103,7 +106,6 @@ def test_the_dense_rival_has_no_dispatch_and_reads_all_that_it_has():
         ({"batch": -1}, "--batch: is -1"),
         ({"kv_bits": 64}, "--kv-bits: is 64, expected a number from 1 to 32."),
         ({"kv_bits": float("nan")}, "--kv-bits: is nan"),
-        ({"chunk": 0}, "--chunk: is 0"),
         ({"imbalance": 0.5}, "--imbalance: is 0.5"),
         ({"context": 1e300}, "--context: is 1e+300"),
     ],

@@ -12,7 +12,7 @@ from expertly.errors import ExpertlyError
 from expertly.plan.hardware import device_of
 from expertly.plan.known import shape_of
 from expertly.plan.memory import kv_cache, serving
-from expertly.plan.options import asked, cached, fewest_gpus, options, ram, smallest
+from expertly.plan.options import asked, cached, fewest_gpus, options, ram, smallest, stays
 from expertly.plan.precision import precision, weights
 from expertly.plan.speed import decode
 from expertly.plan.traffic import offload
@@ -182,6 +182,33 @@ def test_bits_that_save_nothing_are_no_option():
     assert "--bits 8" not in {way.flags for way in options(oss, need_for(oss))}
     low = mixtral_on(bits="3,attention=4")
     assert {way.flags for way in options(MIXTRAL, low)} == {""}
+
+
+def test_fewer_bits_leave_the_rest_as_it_is():
+    whole = replace(mixtral_on("h100"), precision=precision(MIXTRAL, "fp32"))
+    way = next(way for way in options(MIXTRAL, whole) if way.flags == "--bits 8")
+    stored = precision(MIXTRAL, "fp32", "8")
+    assert way.resident == serving(MIXTRAL, stored, context=4096).total.resident
+
+
+def test_gpus_that_the_plan_chose_are_said_beside_other_flags():
+    said = mixtral_on("h100", gpus=2)
+    chosen = replace(said, gpus_said=False)
+    found = [(way.flags, way.gpus) for way in options(MIXTRAL, said)]
+    assert found[:2] == [("", 2), ("--bits 8", 2)]
+    more = [(way.flags, way.gpus) for way in options(MIXTRAL, chosen)]
+    assert more[:2] == [("", 2), ("--bits 8 --gpus 2", 2)]
+    away = options(MIXTRAL, replace(mixtral_on(), gpus_said=False))[0]
+    assert away.flags == "--offload pcie4 --gpus 1"
+
+
+def test_what_stays_is_all_but_the_experts_that_are_not_at_work():
+    stored = precision(MIXTRAL, None, "2.5,attention=4")
+    held = serving(MIXTRAL, stored, context=4096).total.resident
+    experts = weights(MIXTRAL, stored)["experts"].resident
+    assert stays(MIXTRAL, mixtral_on()) == pytest.approx(held - experts * (1 - 2 / 8 / 32))
+    dense = shape_of("llama-2-70b")
+    assert stays(dense, need_for(dense)) == smallest(dense, need_for(dense))
 
 
 def test_three_points_are_not_lost_for_speed_alone():

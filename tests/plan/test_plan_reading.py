@@ -14,7 +14,9 @@ from expertly.plan.reading import has_formulas, read_shape
 from expertly.plan.shape import PARTS, Count, parameters, total
 
 # what transformers has no class for
-BUILDABLE = [name for name, config in known().items() if config["model_type"] != "deepseek"]
+BUILDABLE = [
+    name for name, config in known().items() if config["model_type"] not in ("deepseek", "gemma3")
+]
 SMALL = {
     "vocab_size": 300,
     "hidden_size": 48,
@@ -136,6 +138,17 @@ def test_a_built_in_model_has_the_parameters_of_its_class(name):
 @pytest.mark.parametrize("config", CASES)
 def test_every_switch_of_a_family_is_counted(config):
     assert parameters(read_shape(config, "small")) == built(config)
+
+
+@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-3-12b", "gemma-3-27b"])
+def test_a_composite_holds_its_tower_and_text_passes_its_decoder(name):
+    config = known()[name]
+    counted, text = count_parameters(config), read_shape(config["text_config"], "decoder alone")
+    shape = shape_of(name)
+    layers = sum(sum(layer.values()) for layer in counted.layers)
+    assert total(shape).total == layers + sum(counted.rest.values())
+    assert total(shape).active == total(text).total == total(shape).total - shape.beside
+    assert "vision tower" in shape.notes[0]
 
 
 def test_every_family_with_formulas_is_switched():

@@ -7,6 +7,8 @@ from shapes import facts, usual_tokens
 
 from expertly.plan import reasons
 from expertly.plan.advice import advise
+from expertly.plan.options import stays
+from expertly.plan.units import gb
 
 
 def test_what_can_be_held_is_no_reason():
@@ -19,6 +21,18 @@ def test_memory_below_need_decides():
     assert reason and reason.decides and reason.side == "dense"
     assert "17.2 GB, more than 1 x 4090 (3 GB) and 8 GB of RAM" in reason.text
     assert "assumed" not in reason.text
+
+
+def test_what_no_link_takes_off_a_gpu_decides():
+    """No room for the rest, however much lies elsewhere: 0.5 GB of cache, 1.6 of other weights."""
+    for place in ({"ram": 1e12}, {"host_link": "nvme"}):
+        crowded = facts(memory=2e9, **place)
+        reason = reasons.cannot_be_held(crowded)
+        assert reason and reason.decides
+        least = gb(stays(crowded.shape, crowded.need))
+        link = place.get("host_link", "pcie4")
+        assert f"with the experts over {link} there stay {least}, more than 1 x" in reason.text
+        assert "RAM" not in reason.text and "inf" not in reason.text
 
 
 def test_an_offload_slower_than_reading_decides():
@@ -110,7 +124,9 @@ def test_one_gpu_is_simpler_than_several():
     two = facts("mixtral-8x7b", "h100", 2)
     reason = reasons.several_gpus(two)
     assert reason and not reason.decides
-    assert "runs on one GPU, the MoE takes 2 GPUs" in reason.text
+    assert "a dense model of 19.7 B runs on one h100, the MoE takes 2 of them" in reason.text
+    cpu = reasons.several_gpus(facts("mixtral-8x7b", "cpu", memory=64e9))
+    assert cpu and "runs on one cpu, the MoE takes 2 of them" in cpu.text
     assert reasons.several_gpus(facts("olmoe-1b-7b")) is None  # it runs on one itself
     assert reasons.several_gpus(facts("mixtral-8x7b", "h100", 2, vs="llama-2-70b")) is None
 

@@ -16,7 +16,9 @@ from expertly.plan.known import known, shape_of
 from expertly.plan.precision import precision, weights
 from expertly.plan.shape import rival
 from expertly.plan.speed import (
+    BATCHES,
     Race,
+    batches_with,
     decode,
     experts_touched,
     fades_at,
@@ -42,6 +44,7 @@ SLOW_MEMORY = Device(
     network=Link(bandwidth=1e30),
     host_link=Link(bandwidth=1e30),
 )
+AT_ONCE = replace(H200, kernel=0)  # kernels start in no time
 SLOW_COMPUTE = replace(SLOW_MEMORY, bandwidth=1e30, flops={"bf16": 1.0})
 
 
@@ -81,7 +84,7 @@ def test_gpt_fast_stays_below_the_roofline():
 
 def test_mixtral_against_llama_2_70b():
     """5.4 x in bytes and FLOPs, and with the batch 1.5 x in bytes: 69 / 46.7 parameters."""
-    races = race(MIXTRAL, LLAMA, BF16, H200, context=0, overhead=0)
+    races = race(MIXTRAL, LLAMA, BF16, AT_ONCE, context=0)
     assert [each.batch for each in races] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     assert 5.3 < races[0].bytes_ratio < 5.4
     assert races[0].ratio == pytest.approx(races[0].bytes_ratio), "memory is what takes the time"
@@ -104,11 +107,18 @@ def test_a_lead_fades_below_half_of_the_first(ratios, fades):
     assert fades_at(races) == fades
 
 
+@pytest.mark.parametrize(("batch", "place"), [(1, 0), (48, 6), (64, 6), (5000, 11)])
+def test_the_batch_that_is_asked_for_races_too(batch, place):
+    found = batches_with(batch)
+    assert found == sorted({*BATCHES, batch})
+    assert found[place] == batch
+
+
 def test_a_lead_that_is_none_never_fades():
     races = race(LLAMA, MIXTRAL, BF16, H200, batches=(1, 1024), context=0)
     assert races[0].ratio < 1
     assert fades_at(races) is None
-    leads = race(MIXTRAL, LLAMA, BF16, H200, batches=(1, 1024), context=0, overhead=0)
+    leads = race(MIXTRAL, LLAMA, BF16, AT_ONCE, batches=(1, 1024), context=0)
     assert fades_at(leads) is None, "1024 is where compute brings it back"
 
 
@@ -234,24 +244,25 @@ def test_more_gpus_than_a_cache_has_parts_read_the_same():
 def test_less_than_one_sequence_or_gpu_is_e208(wrong):
     calls = (
         lambda: of(TINY, **wrong),
-        lambda: prefill(TINY, BF16, H200, tokens=5, **wrong),
         lambda: routing_tax(TINY, BF16, H200, **wrong),
     )
     for call in calls:
         with pytest.raises(ExpertlyError, match="E208"):
             call()
+    with pytest.raises(ExpertlyError, match=r"E208.*--gpus"):
+        prefill(TINY, BF16, H200, tokens=5, gpus=0)
     with pytest.raises(ExpertlyError, match=r"E208.*tokens"):
         prefill(TINY, BF16, H200, tokens=0)
 
 
 def test_prefill_of_mixtral_is_compute():
-    step = prefill(MIXTRAL, BF16, H200, tokens=2048, batch=4, overhead=0)
-    pairs = 4 * 2048 * (2049 / 2) * 8192 * 32
-    heads = 4 * 32000 * 4096
-    active = 8192 * (32 * (41943040 + 32768 + 2 * 3 * 4096 * 14336))
+    step = prefill(MIXTRAL, BF16, H200, tokens=2048, overhead=0)
+    pairs = 2048 * (2049 / 2) * 8192 * 32
+    heads = 32000 * 4096
+    active = 2048 * (32 * (41943040 + 32768 + 2 * 3 * 4096 * 14336))
     assert step.flops == pytest.approx(2 * (pairs + heads + active))
-    assert step.seconds == pytest.approx(step.flops / 989e12, rel=0.001)
-    assert step.tokens == 8192
+    assert step.seconds == pytest.approx(step.flops / 989e12, rel=0.002)
+    assert step.tokens == 2048
 
 
 def test_prefill_looks_back_no_further_than_its_window():
@@ -265,6 +276,14 @@ def test_prefill_looks_back_no_further_than_its_window():
         looked = sum(min(position, window) for position in range(1, tokens + 1))
         assert attended(tokens, window=window) == pytest.approx(2 * looked * 128)
     assert attended(10) == pytest.approx(2 * 55 * 128)
+
+
+def test_prefill_writes_its_cache_in_so_many_bits():
+    written = {
+        bits: prefill(TINY, BF16, SLOW_MEMORY, tokens=10, kv_bits=bits).by_part["kv cache"]
+        for bits in (16, 4)
+    }
+    assert written == {16: 10 * 4 * 128 * 2, 4: 10 * 4 * 128 / 2}
 
 
 def test_prefill_of_a_prompt_of_one_token_is_a_decode_step_without_history():

@@ -78,8 +78,9 @@ def test_seconds_of_a_step_by_hand():
     assert step.bytes_per_token_layer == pytest.approx(size)
     assert step.seconds == pytest.approx(32 * (2 * 2.0 + 10 * size / 1000))
     assert step.link is LINK
-    trained = all_to_all(MIXTRAL, LINK, ranks=4, tokens=10, backward=True)
-    assert trained.seconds == 2 * step.seconds
+    for passes in (2, 3):
+        trained = all_to_all(MIXTRAL, LINK, ranks=4, tokens=10, passes=passes)
+        assert trained.seconds == passes * step.seconds
 
 
 def test_the_fullest_rank_sends_longer_not_more_often():
@@ -94,9 +95,8 @@ def test_the_fullest_rank_sends_longer_not_more_often():
 def test_deepseek_v3_dense_layers_send_nothing_and_slower_links_take_longer():
     times = []
     for name in ("nvlink4", "infiniband-400", "ethernet-100"):
-        settings = {"ranks": 64, "tokens": 128, "dispatch": 1}
-        traffic = all_to_all(V3, link_of(name), **settings)
-        each = all_to_all_bytes(MOE, 7168, 64, dispatch=1)
+        traffic = all_to_all(V3, link_of(name), ranks=64, tokens=128)
+        each = all_to_all_bytes(MOE, 7168, 64)
         assert traffic.bytes_per_token_layer == pytest.approx(each)
         sent = 58 * 128 * traffic.bytes_per_token_layer / link_of(name).bandwidth
         assert traffic.seconds == pytest.approx(sent + 58 * 2 * link_of(name).latency)

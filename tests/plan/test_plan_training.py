@@ -18,6 +18,7 @@ from expertly.plan.reading import read_shape
 from expertly.plan.shape import rival, total
 from expertly.plan.training import (
     Layout,
+    best_layout,
     flops_per_token,
     least_gpus,
     training,
@@ -233,7 +234,7 @@ def test_logits_count_their_gradients_and_the_total_everything():
         ({"layout": Layout(tp=-2)}, "--tp: is -2"),
         ({"method": "loar"}, "'loar' is none. FIX: write lora"),
         ({"rank": 0}, "--rank: is 0"),
-        ({"batch": 0}, "--batch: is 0"),
+        ({"batch": 0}, "--train-batch: is 0"),
         ({"context": 0}, "--context: is 0"),
         ({"imbalance": 0.9}, "--imbalance: is 0.9"),
     ],
@@ -291,6 +292,27 @@ def test_the_numbers_of_gpus_end_where_they_are_told_to():
     shape = shape_of("mixtral-8x7b")
     found = least_gpus(shape, 80e9, partial(training, shape), most=8)
     assert (found.layout, found.fits) == (Layout(fsdp=8, ep=8), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "layout"),
+    [
+        ("mixtral-8x7b", 16, Layout(fsdp=16)),
+        ("mixtral-8x7b", 6, Layout(fsdp=6, ep=2)),  # the least that is short of room
+        ("llama-3-8b", 6, Layout(fsdp=6)),
+        ("llama-3-8b", 1, Layout()),
+    ],
+)
+def test_a_layout_of_the_gpus_that_are_there(name, gpus, layout):
+    shape = shape_of(name)
+    found = best_layout(shape, 80e9, partial(training, shape), gpus)
+    assert found.layout == layout
+    assert found.fits == (found.held.total <= 80e9)
+
+
+def test_a_vision_tower_is_held_too():
+    planned = training(replace(TINY, beside=1000))
+    assert states(planned) == 16 * (total(TINY).total + 1000)
 
 
 # --- FLOPs

@@ -5,6 +5,7 @@ with the overhead per layer of the same forward loop when its matrices are nothi
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -77,11 +78,11 @@ def measure(
 
     target: what the user named; a folder with weights is opened. config: its config.json. dtype:
     fp32, fp16 or bf16; None: the config's own. prompt, new: tokens. memory: bytes that its weights
-    may take; None: most of what is free. What does not fit is cut after its first layers. Raises
-    E208 for another dtype or less than one token, E402 when not one layer fits, and what
-    open_model raises.
+    may take at most, and never more than most of what is free. What does not fit is cut after its
+    first layers. Raises E208 for another dtype or less than one token, E402 when not one layer
+    fits, and what open_model raises.
     """
-    free = _ROOM * free_memory() if memory is None else memory
+    free = min(_ROOM * free_memory(), math.inf if memory is None else memory)
     expected = _expected(shape, dtype or _said_dtype(config), prompt, new, free)
     whole = len(expected.shape.layers) == len(shape.layers)
     opened = whole and _has_weights(target, config)

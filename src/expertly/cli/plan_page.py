@@ -93,9 +93,11 @@ def _models(found: Answer) -> str:
         (_held(speed(model["decode_tokens_per_second"]), model) for model in models),
     )
     row(
-        "prefill tok/s",
+        f"prefill tok/s, {models[0]['prefill_tokens']:,} tokens",
         (_held(speed(model["prefill_tokens_per_second"]), model) for model in models),
     )
+    row("USD/M tokens", (money(model["usd_per_million"]) for model in models))
+    row("kWh/M tokens", (money(model["kwh_per_million"]) for model in models))
     for method, name in (("full", "GPUs to train"), ("lora", "with LoRA"), ("qlora", "with QLoRA")):
         row(name, (_trainers(model["train_gpus"][method]) for model in models))
     where = f"{found['machine']['gpus']} x {device_name(found['machine'])}"
@@ -133,9 +135,8 @@ def _decode(found: Answer) -> str:
         return ""
     head = ["batch", "experts read", "MoE tok/s", "ms", "± ms", "USD/M tokens"]
     rows = [[*head, "dense tok/s", "USD/M tokens", "speed", "bytes", "FLOPs"]]
-    for each in against["rows"]:
-        if each["batch"] in _BATCHES:
-            rows.append(_race(each))
+    shown = (*_BATCHES, found["memory"]["batch"])
+    rows += [_race(each) for each in against["rows"] if each["batch"] in shown]
     faded = against["fades_at"]
     fades = (
         f"half of the lead is gone at batch {faded}" if faded else "the lead holds at every batch"
@@ -195,13 +196,23 @@ def _training(found: Answer) -> str:
         return ""
     layout = said["layout"]
     gpus = layout["fsdp"] * layout["tp"]
-    head = f"{said['method']} training on {gpus:,} GPU" + "s" * (gpus > 1)
+    head = f"{said['method']} training, {said['batch']} x {found['memory']['context']:,} tokens on"
+    head = f"{head} each of {gpus:,} GPU" + "s" * (gpus > 1)
     rows = [[head, "per GPU"]]
     rows += [[name, size(value)] for name, value in said["per_gpu"].items() if value]
     fits = "fits" if said["fits"] else "does not fit"
     spread = ", ".join(f"{name} {ways}" for name, ways in layout.items())
     memory = size(found["machine"]["memory_bytes"])
-    return f"{table(rows)}\n{spread}: {fits} into {memory}"
+    parts = [
+        f"{name.replace('_', ' ')} {1e3 * value:,.1f}"
+        for name, value in said["by_part"].items()
+        if value
+    ]
+    step = (
+        f"at {said['utilisation']:.1%} of the peak {speed(said['tokens_per_second'])} tok/s:"
+        f" a step takes {1e3 * said['step_seconds']:,.1f} ms ({', '.join(parts)})"
+    )
+    return f"{table(rows)}\n{spread}: {fits} into {memory}\n{step}"
 
 
 def _cost(found: Answer) -> str:
@@ -280,6 +291,6 @@ def speed(rate: float) -> str:
     return f"{rate:.3g}" if rate < 1000 else f"{rate:,.0f}"
 
 
-def money(usd: float | None) -> str:
-    """USD, or nothing where there is no price."""
-    return "-" if usd is None else f"{usd:.3g}"
+def money(amount: float | None) -> str:
+    """USD or kWh; a dash where the machine has no price, or no watts."""
+    return "-" if amount is None else speed(amount)

@@ -37,14 +37,13 @@ def question_of(model: str, asked: Asked) -> Question:
         against=against,
         against_precision=(precision(against, asked["dtype"], asked["bits"]) if against else None),
         device=device,
-        memory=device.memory,
         gpus=gpus_for(asked),
-        links=(device.link, *_networks(asked)),
+        networks=_networks(asked),
         context=context_for(shape, asked),
         batch=asked["batch"],
         kv_bits=asked["kv_bits"],
         imbalance=asked["imbalance"],
-        offload=device.host_link if asked["offload"] else None,
+        offloaded=bool(asked["offload"]),
         hit_rate=share("--hit-rate", asked["hit_rate"]),
         ram=bytes_of(asked["ram"], "--ram") if asked["ram"] else None,
         **_training(asked),
@@ -87,7 +86,11 @@ def device_for(asked: Asked) -> Device:
         found = device_of(asked["gpu"], extra)
     elif size:
         rented = [each for each in devices(extra).values() if each.usd_per_hour]
-        enough = [each for each in rented if each.memory >= size] or rented[-1:]
+        enough = [each for each in rented if each.memory >= size]
+        if not enough:
+            most = max(each.memory for each in rented) / 1e9
+            why, fix = f"no GPU on the market has more than {most:g} GB", "add --gpu, or --gpus"
+            raise ExpertlyError("E208", f"--{flag}", why, fix=fix)
         found = min(enough, key=lambda each: each.memory)
     else:
         found = device_of("h100", extra)
@@ -115,7 +118,8 @@ def _networks(asked: Asked) -> tuple[Link, ...]:
 
 def _only_for_experts(shape: Shape, asked: Asked) -> None:
     """Raises E208 for what a dense model has no use of."""
-    for flag, said in {"--ep": asked["ep"] > 1, "--offload": asked["offload"]}.items():
+    for name in ("ep", "offload", "hit_rate", "ram", "imbalance"):
+        said, flag = asked[name] not in (None, 1), f"--{name.replace('_', '-')}"
         if said and not shape.moe_layers:
             why = f"{shape.name} has no experts"
             raise ExpertlyError("E208", flag, why, fix=f"leave out {flag}")
@@ -150,11 +154,12 @@ def _training(asked: Asked) -> dict[str, Any]:
     spread = asked["fsdp"] or asked["ep"] > 1 or asked["tp"] > 1
     for name in ("fsdp", "ep", "tp"):
         require(f"--{name}", 1 if asked[name] is None else asked[name], 1, MOST_GPUS)
-    fsdp = asked["fsdp"] or max(asked["ep"] // asked["tp"], 1)
+    fsdp = asked["fsdp"] or max((asked["gpus"] or asked["ep"]) // asked["tp"], 1)
     return {
         **counts,
         "method": asked["method"],
         "rank": asked["rank"],
+        "train_batch": asked["train_batch"],
         "mixed": asked["dtype"] not in ("fp32", "float32"),
         "layout": Layout(fsdp=fsdp, ep=asked["ep"], tp=asked["tp"]) if spread else None,
         "checkpointing": not asked["keep_activations"],

@@ -14,7 +14,7 @@ from expertly.plan.options import MOST_GPUS, Need, Option, asked, fewest_gpus, o
 from expertly.plan.precision import FORMATS, Precision
 from expertly.plan.reasons import LEAD, RULES, Facts, Reason, place, usable
 from expertly.plan.shape import Layer, Shape, rival, total
-from expertly.plan.speed import BATCHES, fades_at, race, routing_tax
+from expertly.plan.speed import batches_with, fades_at, race, routing_tax
 from expertly.plan.units import billions, gb, number
 
 __all__ = ["Need", "Option", "Verdict", "advise", "facts_of"]
@@ -104,7 +104,7 @@ def facts_of(
         kv_bits=need.kv_bits,
         gpus=need.gpus,
     )
-    races = against(dense=opponent, batches=[need.batch, *BATCHES])
+    races = against(dense=opponent, batches=batches_with(need.batch))
     (peer_here,) = against(dense=peer, batches=[need.batch])
     enough = fewest_gpus(shape, need)
     few = min(enough or need.gpus, need.gpus)
@@ -123,9 +123,9 @@ def facts_of(
         extrapolated=bool(law.beyond),
         dense=opponent,
         given=dense is not None,
-        here=races[0],
-        at_one=races[1],
-        fades=fades_at(races[1:]),
+        here=next(each for each in races if each.batch == need.batch),
+        at_one=races[0],
+        fades=fades_at(races),
         peer=peer,
         peer_here=peer_here,
         peer_at_one=peer_at_one,

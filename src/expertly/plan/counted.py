@@ -39,6 +39,10 @@ def shape_of_counts(
         _counted(counts, _cached(said, make, index), inner) for index, counts in enumerate(layers)
     )
     stored = stored_as(config)
+    rest_of = sum(
+        count for part, count in rest.items() if part not in ("embeddings", "head", "norms")
+    )
+    composite = decoder(config) is not config  # the rest is a tower, or a projection from one
     uncounted = f"{config['model_type']} has no formulas here: counted on the meta device"
     return Shape(
         name=name,
@@ -49,9 +53,8 @@ def shape_of_counts(
         embeddings=rest.get("embeddings", 0),
         head=rest.get("head", 0),
         norms=rest.get("norms", 0),
-        other=sum(
-            count for part, count in rest.items() if part not in ("embeddings", "head", "norms")
-        ),
+        other=0 if composite else rest_of,
+        beside=rest_of if composite else 0,
         context=said.get("max_position_embeddings"),
         stored=stored.formats,
         notes=(uncounted, *stored.notes),

@@ -112,9 +112,9 @@ def links(extra: Path | None = None) -> dict[str, Link]:
     return {key: replace(held, name=key) for key, held in _hardware(extra).links.items()}
 
 
-def device_of(name: str, extra: Path | None = None, flag: str = "--gpu") -> Device:
-    """A device by name, in capitals or not. Raises E208 for an unknown one, said by that flag."""
-    return _named(name, devices(extra), flag, "device")
+def device_of(name: str, extra: Path | None = None) -> Device:
+    """A device by name, in capitals or not. Raises E208 for an unknown one."""
+    return _named(name, devices(extra), "--gpu", "device")
 
 
 def link_of(name: str, extra: Path | None = None, flag: str = "--link") -> Link:

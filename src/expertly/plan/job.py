@@ -10,7 +10,7 @@ from typing import Any
 from expertly.plan.advice import advise, routing
 from expertly.plan.cost import serving_cost
 from expertly.plan.hardware import between
-from expertly.plan.memory import kv_cache, kv_per_token
+from expertly.plan.memory import CHUNK, kv_cache, kv_per_token
 from expertly.plan.options import MOST_GPUS, asked, cached, fewest_gpus
 from expertly.plan.precision import Precision, name_of, weights
 from expertly.plan.question import (
@@ -21,21 +21,20 @@ from expertly.plan.question import (
 )
 from expertly.plan.scaling import estimate
 from expertly.plan.shape import Shape, parameters, total
-from expertly.plan.speed import Step, decode, fades_at, prefill, race
+from expertly.plan.speed import Step, batches_with, decode, fades_at, prefill, race
 from expertly.plan.touched import experts_touched
 from expertly.plan.traffic import offload
 from expertly.plan.training import METHODS, flops_per_token
-from expertly.plan.training_job import costs, traffic, training_gpus, training_memory
+from expertly.plan.training_job import costs, traffic, training_gpus, training_of
 
 Answer = dict[str, Any]
-_PROMPT = 2048
 
 
 def plan(question: Question) -> Answer:
     """Answer all of it. Raises E208 for numbers that cannot be, E202 for none."""
     enough = fewest_gpus(question.shape, need(question, question.gpus or 1))
     # experts are put elsewhere where more devices are not to be had
-    gpus = question.gpus or (1 if question.offload else enough or MOST_GPUS)
+    gpus = question.gpus or (1 if question.offloaded else enough or MOST_GPUS)
     return {
         **about(question.shape),
         **sizes(question.shape, question.precision, question.kv_bits),
@@ -46,7 +45,7 @@ def plan(question: Question) -> Answer:
         "decode": decoding(question, gpus),
         "offload": offloading(question, gpus),
         "all_to_all": traffic(question, gpus),
-        "training": training_memory(question),
+        "training": training_of(question),
         "cost": costs(question),
         "scaling_law": scaling(question),
         "verdict": asdict(
@@ -111,7 +110,7 @@ def machine(question: Question, gpus: int, enough: int | None) -> Answer:
     return {
         "device": question.device.name,
         "gpus": gpus,
-        "memory_bytes": question.memory,
+        "memory_bytes": question.device.memory,
         "gpus_needed": enough,
         "link": between(question.device, gpus).name,
         "source": question.device.source,
@@ -122,7 +121,14 @@ def column(question: Question, gpus: int, role: str, shape: Shape, stored: Preci
     """One model in a row of numbers, on the same GPUs as the others."""
     run = partial(decode, context=question.context, kv_bits=question.kv_bits, gpus=gpus)
     step = run(shape, stored, question.device, batch=question.batch)
-    first = prefill(shape, stored, question.device, tokens=_PROMPT, gpus=gpus)
+    first = prefill(
+        shape,
+        stored,
+        question.device,
+        tokens=min(question.context, CHUNK),
+        kv_bits=question.kv_bits,
+        gpus=gpus,
+    )
     held = sizes(shape, stored, question.kv_bits)
     parts = held["parameters"].pop("by_part")
     cache = kv_cache(shape, question.context, question.kv_bits, batch=question.batch, gpus=gpus)
@@ -136,6 +142,8 @@ def column(question: Question, gpus: int, role: str, shape: Shape, stored: Preci
         "flops_per_token": flops_per_token(shape, context=question.context),
         "decode_tokens_per_second": step.tokens_per_second,
         "decode_seconds": step.seconds,
+        **_cost(step, question, gpus),
+        "prefill_tokens": first.tokens,
         "prefill_tokens_per_second": first.tokens_per_second,
         "train_gpus": {method: training_gpus(question, shape, method) for method in METHODS},
     }
@@ -171,6 +179,7 @@ def decoding(question: Question, gpus: int) -> Answer | None:
         question.precision,
         question.device,
         dense_precision=dense_precision,
+        batches=batches_with(question.batch),
         context=question.context,
         kv_bits=question.kv_bits,
         gpus=gpus,
@@ -201,23 +210,26 @@ def decoding(question: Question, gpus: int) -> Answer | None:
 def fits(question: Question, gpus: int, shape: Shape, stored: Precision, batch: int) -> bool:
     """Whether the GPUs hold a model with so many sequences."""
     here = replace(need(question, gpus), precision=stored, batch=batch)
-    return asked(shape, here).total.resident <= question.memory * gpus
+    return asked(shape, here).total.resident <= here.room
 
 
 def _speed(step: Step, question: Question, gpus: int) -> Answer:
-    speed = step.tokens_per_second
-    cost = serving_cost(speed, question.device, gpus, question.price)
     return {
-        "tokens_per_second": speed,
+        "tokens_per_second": step.tokens_per_second,
         "seconds": step.seconds,
         "sigma_seconds": step.sigma,
-        **asdict(cost),
+        **_cost(step, question, gpus),
     }
+
+
+def _cost(step: Step, question: Question, gpus: int) -> Answer:
+    """USD and kWh for a million tokens of such steps."""
+    return asdict(serving_cost(step.tokens_per_second, question.device, gpus, question.price))
 
 
 def offloading(question: Question, gpus: int) -> Answer | None:
     """Decoding with the experts behind a link; None where nobody asks, or there are none."""
-    if question.offload is None or not question.shape.moe_layers:
+    if not question.offloaded or not question.shape.moe_layers:
         return None
     hits = question.hit_rate
     if hits is None:

@@ -12,6 +12,7 @@ from expertly.plan.shape import Attention, Layer, Shape
 
 ACTIVATION = 2  # bytes: weights of few bits compute in half precision too
 _LOGIT = 4
+CHUNK = 2048  # tokens that a prefill takes at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +62,9 @@ def serving(
     batch: int = 1,
     kv_bits: float = 16,
     gpus: int = 1,
-    chunk: int = 2048,
     imbalance: float = 1.0,
 ) -> Memory:
-    """Bytes to serve `batch` sequences of `context` tokens, prefilled `chunk` tokens at a time.
+    """Bytes to serve `batch` sequences of `context` tokens, prefilled 2,048 tokens at a time.
 
     Of all GPUs together: they share the weights out, the cache as far as `kv_cache` says, and each
     has all activations. imbalance: how many more copies of tokens the fullest GPU gets than an
@@ -75,11 +75,10 @@ def serving(
     require("--batch", batch, 1, 1e6)
     require("--kv-bits", kv_bits, 1, 32)
     require("--gpus", gpus, 1)
-    require("--chunk", chunk, 1)
     require("--imbalance", imbalance, 1, 1000)
     held = formats.weights(shape, precision, batch).values()
     cache = kv_cache(shape, context, kv_bits, batch=batch, gpus=gpus)
-    tokens = min(chunk, batch * context)
+    tokens = min(CHUNK, batch * context)
     return Memory(
         weights=Bytes(sum(each.resident for each in held), sum(each.touched for each in held)),
         kv_cache=Bytes(cache, cache),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from expertly.plan.hardware import MACHINE, Device, between
 from expertly.plan.memory import Memory, require, serving
-from expertly.plan.precision import Precision, name_of, precision, weights
+from expertly.plan.precision import QUANTISABLE, Precision, name_of, precision, weights
 from expertly.plan.quality import quality
 from expertly.plan.shape import Shape
 from expertly.plan.speed import decode
@@ -33,10 +33,10 @@ _FASTER = 1.25  # what costs more quality, or more GPUs, must be at least so man
 class Need:
     """What a model has to run on, and how."""
 
-    memory: float  # bytes of one GPU that may be used
     device: Device
     precision: Precision
     gpus: int = 1
+    gpus_said: bool = True  # False: the plan chose them, and may choose others
     context: int = 4096
     batch: int = 1
     kv_bits: float = 16
@@ -47,7 +47,7 @@ class Need:
     @property
     def room(self) -> float:
         """Bytes of all GPUs together."""
-        return self.memory * self.gpus
+        return self.device.memory * self.gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Option:
     """One way to run a model."""
 
     what: str  # in words: "int4, KV cache 8 bits"
-    flags: str  # that ask for it: "--bits 4 --kv-bits 8"
+    flags: str  # that ask for it, after those already said: "--bits 4 --kv-bits 8"
     fits: bool  # on the GPUs at hand
     resident: float  # bytes on all of its GPUs together
     gpus: int
@@ -91,7 +91,7 @@ def asked(shape: Shape, need: Need) -> Memory:
     Raises E208 for numbers out of range.
     """
     require("--gpus", need.gpus, 1)
-    require("--memory", need.memory, 1)
+    require("--memory", need.device.memory, 1)
     require("--hit-rate", need.hit_rate or 0.0, 0, 1)
     return serving(
         shape,
@@ -129,6 +129,11 @@ def smallest(shape: Shape, need: Need) -> float:
     return min(layout.held.total.resident for layout in _layouts(shape, need))
 
 
+def stays(shape: Shape, need: Need) -> float:
+    """Bytes on the GPUs at these bits with all experts elsewhere but those at work."""
+    return min(_least_here(shape, layout) for layout in _layouts(shape, need))
+
+
 def _fits(held: Memory, need: Need) -> bool:
     return held.total.resident <= need.room
 
@@ -163,7 +168,10 @@ def _layouts(shape: Shape, need: Need) -> Iterator[_Layout]:
     first = _Layout(need, (), asked(shape, need))
     yield first
     for bits in LAYOUTS:
-        lower = replace(need, precision=precision(shape, None, bits))
+        fewer = precision(shape, None, bits)
+        lower = replace(
+            need, precision={**need.precision, **{part: fewer[part] for part in QUANTISABLE}}
+        )
         held = asked(shape, lower)
         if held.weights.resident < _SAVES * first.held.weights.resident:
             yield _Layout(lower, ("--bits", bits), held)
@@ -177,6 +185,7 @@ def _on_gpus(shape: Shape, need: Need, way: Need, layout: tuple[str, ...]) -> Op
         flags += ["--kv-bits", f"{way.kv_bits:g}"]
     if way.gpus != need.gpus:
         words.append(_gpus(way))
+    if way.gpus != need.gpus or (flags and not need.gpus_said):
         flags += ["--gpus", f"{way.gpus}"]
     step = decode(
         shape,
@@ -212,8 +221,7 @@ def _offloaded(shape: Shape, layout: _Layout) -> Iterator[Option]:
     experts = weights(shape, need.precision, need.batch).get("experts")
     if experts is None or away > ram(need):
         return
-    at_once = experts.touched / len(shape.moe_layers)  # those of one layer
-    if away > experts.resident - at_once:
+    if _least_here(shape, layout) > need.room:
         return
     share, link = away / experts.resident, need.device.host_link.name
     loading = offload(
@@ -228,9 +236,12 @@ def _offloaded(shape: Shape, layout: _Layout) -> Iterator[Option]:
     )
     lost = quality(shape, need.precision, need.kv_bits)
     words = f"{share:.0%} of the experts ({gb(away)}) over {link}"
+    flags = [*layout.flags, "--offload", link]
+    if not need.gpus_said:
+        flags += ["--gpus", f"{need.gpus}"]
     yield Option(
         what=f"{name_of(need.precision, shape)}, {words}",
-        flags=" ".join([*layout.flags, "--offload", link]),
+        flags=" ".join(flags),
         fits=True,
         resident=need.room,
         gpus=need.gpus,
@@ -239,3 +250,12 @@ def _offloaded(shape: Shape, layout: _Layout) -> Iterator[Option]:
         known=lost.known,
         offloaded=share,
     )
+
+
+def _least_here(shape: Shape, layout: _Layout) -> float:
+    """Bytes that no offload takes off the GPUs: all but the experts, and those of one layer."""
+    total, need = layout.held.total.resident, layout.need
+    experts = weights(shape, need.precision, need.batch).get("experts")
+    if experts is None:
+        return total
+    return total - experts.resident + experts.touched / len(shape.moe_layers)

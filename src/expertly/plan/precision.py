@@ -110,7 +110,7 @@ def _read(shape: Shape, batch: float) -> dict[str, float]:
     """Weights that one decode step reads, by part."""
     read = dict.fromkeys(PARTS, 0.0)
     decoder = shape.decoder
-    read.update({part: count.total for part, count in parameters(decoder).items()})
+    read.update({part: count.active for part, count in parameters(decoder).items()})
     moes = [(layer.feed_forward, many) for layer, many in decoder.kinds.items()]
     read["experts"] = sum(
         many * experts_touched(moe.experts, moe.top_k, batch) * moe.expert for moe, many in moes

@@ -21,17 +21,17 @@ class Question:
     against: Shape | None = None
     against_precision: Precision | None = None
     device: Device
-    memory: float  # bytes of one GPU that may be used
     gpus: int | None = None  # None: as many as it takes
-    links: tuple[Link, ...]  # between GPUs; the first joins those of one machine
+    networks: tuple[Link, ...] = ()  # between machines, to compare
     context: int = 4096
-    batch: int = 1
+    batch: int = 1  # sequences served at a time, on all GPUs
     kv_bits: float = 16
     imbalance: float | None = None  # load of the fullest rank of experts over the mean
-    offload: Link | None = None
+    offloaded: bool = False  # experts lie behind the device's host link
     hit_rate: float | None = None
     ram: float | None = None  # bytes for offloaded experts; None: 4 times the GPUs' memory
     layout: Layout | None = None
+    train_batch: int | None = None  # sequences of a training step on each GPU; None: 1
     method: str = "full"
     rank: int = 16  # of adapters
     mixed: bool = True  # training in bf16 with an fp32 master copy
@@ -71,8 +71,8 @@ def need(question: Question, gpus: int) -> Need:
     return Need(
         device=question.device,
         precision=question.precision,
-        memory=question.memory,
         gpus=gpus,
+        gpus_said=question.gpus is not None,
         context=question.context,
         batch=question.batch,
         kv_bits=question.kv_bits,

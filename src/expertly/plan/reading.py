@@ -7,8 +7,9 @@ device and compare part by part.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from expertly.families import Sizes, family_of, moe_layer_indices, sizes
+from expertly.families import Sizes, decoder, family_of, moe_layer_indices, sizes
 from expertly.models.configs import check_values
+from expertly.plan.gemma3 import with_tower
 from expertly.plan.makes import MAKES, Make
 from expertly.plan.numbers import whole, wrong
 from expertly.plan.shape import Attention, FeedForward, Layer, Shape
@@ -35,7 +36,7 @@ WINDOWS: dict[str, Callable[[int, Config], bool]] = {
 
 def has_formulas(config: Config) -> bool:
     """Whether a config's family is counted here; the others are built on the meta device."""
-    return config["model_type"] in MAKES or config["model_type"] == "switch_transformers"
+    return config["model_type"] in {*MAKES, "switch_transformers", "gemma3"}
 
 
 def read_shape(config: Config, name: str) -> Shape:
@@ -44,6 +45,9 @@ def read_shape(config: Config, name: str) -> Shape:
     """
     if config["model_type"] == "switch_transformers":
         return switch_shape(config, name)
+    if config["model_type"] == "gemma3":
+        said = {"torch_dtype": config.get("torch_dtype"), **decoder(config)}
+        return with_tower(config, read_shape({**said, "model_type": "gemma3_text"}, name))
     make = MAKES[config["model_type"]]
     config = with_defaults(config, make)
     dim, vocab = whole(config, "hidden_size"), whole(config, "vocab_size")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from expertly.plan.memory import Memory, kv_cache
-from expertly.plan.options import MOST_GPUS, Need, Option, ram, smallest
+from expertly.plan.options import MOST_GPUS, Need, Option, ram, smallest, stays
 from expertly.plan.shape import Shape, total
 from expertly.plan.speed import Race
 from expertly.plan.units import billions, gb, number
@@ -90,10 +90,7 @@ def cannot_be_held(facts: Facts) -> Reason | None:
         each = number(best.tokens_per_second / facts.need.batch)
         text = f"the fastest way to run it here, {best.what}, makes {each} tokens/s per sequence"
         return Reason("dense", f"{text}, under the {PACE:g} of a reader", decides=True)
-    least, room = gb(smallest(facts.shape, facts.need)), gb(ram(facts.need))
-    assumed = "" if facts.need.ram is not None else " (assumed: 4 times as much)"
-    text = f"even at the fewest bits it takes {least}, more than {place(facts.need)}"
-    return Reason("dense", f"{text} and {room} of RAM for experts{assumed} hold", decides=True)
+    return Reason("dense", _too_large(facts.shape, facts.need), decides=True)
 
 
 def small_set(facts: Facts) -> Reason | None:
@@ -149,11 +146,12 @@ def behind(facts: Facts) -> Reason | None:
 
 
 def several_gpus(facts: Facts) -> Reason | None:
-    """Simple infrastructure: the dense model runs on one GPU, the MoE takes several."""
+    """Simple infrastructure: the dense model runs on one device, the MoE takes several."""
     if facts.enough == 1 or facts.named_enough != 1:
         return None
-    gpus = f"{facts.enough:,} GPUs" if facts.enough else f"more than {MOST_GPUS:,} GPUs"
-    text = f"as asked {facts.named.name} runs on one GPU, the MoE takes {gpus}"
+    many = f"{facts.enough:,}" if facts.enough else f"more than {MOST_GPUS:,}"
+    one = f"{facts.named.name} runs on one {facts.need.device.name}"
+    text = f"as asked {one}, the MoE takes {many} of them"
     if facts.as_good and facts.fits and facts.here.ratio < LEAD:
         return Reason("dense", f"{text} and is no faster at this batch", decides=True)
     return Reason("dense", text)
@@ -238,6 +236,19 @@ RULES: tuple[Callable[[Facts], Reason | None], ...] = (
 def place(need: Need) -> str:
     """The GPUs at hand and their memory together."""
     return f"{need.gpus} x {need.device.name} ({gb(need.room)})"
+
+
+def _too_large(shape: Shape, need: Need) -> str:
+    """Why no way holds it: what has to stay, or what there is room for elsewhere."""
+    text = f"even at the fewest bits it takes {gb(smallest(shape, need))}"
+    here = stays(shape, need)
+    if here > need.room:
+        link = need.device.host_link.name
+        text = f"{text}, and with the experts over {link} there stay {gb(here)}"
+        return f"{text}, more than {place(need)}"
+    assumed = "" if need.ram is not None else " (assumed: 4 times as much)"
+    room = f"{gb(ram(need))} of RAM for experts{assumed}"
+    return f"{text}, more than {place(need)} and {room} hold"
 
 
 def _better(way: Option, others: list[Option], margin: float) -> Option | None:

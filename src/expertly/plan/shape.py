@@ -86,6 +86,7 @@ class Shape:
     head: int = 0
     norms: int = 0  # after the last layer
     other: int = 0
+    beside: int = 0  # what no token of text passes, such as a vision tower
     gated: bool = True  # a feed-forward has three matrices, not two
     context: int | None = None  # the longest that it was made for
     stored: Mapping[str, str] | None = None  # part -> the format that its checkpoint has it in
@@ -119,8 +120,8 @@ class Shape:
     @cached_property
     def _counts(self) -> dict[str, Count]:
         parts = Counter[str](embeddings=self.embeddings, head=self.head)
-        parts.update(norms=self.norms, other=self.other)
-        idle = Counter[str]()
+        parts.update(norms=self.norms, other=self.other + self.beside)
+        idle = Counter[str](other=self.beside)
         for layer, many in self.kinds.items():
             moe = layer.feed_forward
             idle["experts"] += many * (moe.experts - moe.top_k) * moe.expert

@@ -93,27 +93,27 @@ def prefill(
     device: Device,
     *,
     tokens: int,
-    batch: int = 1,
+    kv_bits: float = 16,
     gpus: int = 1,
     overhead: float | None = None,
 ) -> Step:
-    """All of `batch` prompts of `tokens` tokens at once; of an encoder-decoder, its encoder.
+    """All of one prompt of `tokens` tokens at once; of an encoder-decoder, its encoder.
 
     A token looks back at half of its prompt on average, or at its window; an encoder's looks at
-    all. Only a prompt's last token has its logits computed. The rest is as in `decode`.
+    all. Only the last token has its logits computed. The rest is as in `decode`.
     """
     require("tokens", tokens, 1)
-    _check(batch, gpus)
+    _check(1, gpus)
     source = replace(shape, layers=shape.encoder, encoder=()) if shape.encoder else shape
-    heads = 0 if shape.encoder else batch
-    work = _weights(source, precision, device, tokens=tokens * batch, heads=heads)
+    heads = 0 if shape.encoder else 1
+    work = _weights(source, precision, device, tokens=tokens, heads=heads)
     pairs = sum(
         many * each.pair * (tokens if shape.encoder else looked_back(each.window, tokens))
         for each, many in ((layer.attention, many) for layer, many in source.kinds.items())
     )
-    written = 0.0 if shape.encoder else kv_cache(source, tokens, batch=batch, gpus=gpus)
-    work["kv cache"] = _Work(written, 2.0 * batch * tokens * pairs, flops_at(device, "bf16"))
-    step = _step(source, work, device, gpus, tokens * batch)
+    written = 0.0 if shape.encoder else kv_cache(source, tokens, kv_bits, gpus=gpus)
+    work["kv cache"] = _Work(written, 2.0 * tokens * pairs, flops_at(device, "bf16"))
+    step = _step(source, work, device, gpus, tokens)
     return _with_costs(step, source, device, gpus=gpus, overhead=overhead)
 
 
@@ -128,25 +128,22 @@ def race(
     context: int = 4096,
     kv_bits: float = 16,
     gpus: int = 1,
-    overhead: float | None = None,
 ) -> list[Race]:
     """Decode steps of an MoE and of a dense model at each batch size; see `decode`.
 
     dense_precision: of the dense model where it is another one.
     """
-    step = partial(
-        decode,
-        device=device,
-        context=context,
-        kv_bits=kv_bits,
-        gpus=gpus,
-        overhead=overhead,
-    )
+    step = partial(decode, device=device, context=context, kv_bits=kv_bits, gpus=gpus)
     other = dense_precision or precision
     return [
         _beside(batch, step(shape, precision, batch=batch), step(dense, other, batch=batch))
         for batch in batches
     ]
+
+
+def batches_with(batch: int) -> list[int]:
+    """Those of BATCHES and the one that is asked for, in order."""
+    return sorted({*BATCHES, batch})
 
 
 def fades_at(races: Sequence[Race]) -> int | None:

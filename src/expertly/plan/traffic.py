@@ -64,27 +64,22 @@ def all_to_all(
     *,
     ranks: int,
     tokens: float,
-    backward: bool = False,
+    passes: int = 1,
     imbalance: float = 1.0,
-    dispatch: float = 2,
-    combine: float = 2,
 ) -> AllToAll:
-    """The all-to-alls of a step of `tokens` tokens on each rank.
+    """The all-to-alls of a step of `tokens` tokens on each rank, each element in bf16.
 
-    backward: the step trains, and sends as much again. imbalance: what the fullest rank has to
-    send over the mean; the others wait for it. The rest is as in `all_to_all_bytes`.
+    passes: 2 where the step trains, 3 where it also computes the forward pass again; each sends
+    as much. imbalance: what the fullest rank has to send over the mean; the others wait for it.
     """
-    sizes = [
-        all_to_all_bytes(layer, shape.dim, ranks, dispatch=dispatch, combine=combine)
-        for layer in shape.moe_layers
-    ]
+    sizes = [all_to_all_bytes(layer, shape.dim, ranks) for layer in shape.moe_layers]
     once = sum(
         2 * link.latency + imbalance * tokens * size / link.bandwidth for size in sizes if size
     )
     return AllToAll(
         link=link,
         bytes_per_token_layer=sum(sizes) / max(len(sizes), 1),
-        seconds=once * (2 if backward else 1),
+        seconds=once * passes,
     )
 
 

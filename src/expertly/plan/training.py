@@ -3,16 +3,17 @@
 The states (weights, gradients, AdamW) follow from parameters alone; activations.py has the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from math import gcd
 from typing import NamedTuple
 
 from expertly.errors import ExpertlyError, nearest
 from expertly.plan import activations
-from expertly.plan.memory import keys_and_values, looked_back, queries, require
-from expertly.plan.precision import Precision, precision, weight_bytes
-from expertly.plan.shape import Layer, Shape, parameters, parts_of
+from expertly.plan.memory import looked_back, require
+from expertly.plan.precision import Precision
+from expertly.plan.shape import Shape, parameters
+from expertly.plan.states import below_adapters, layer_states, root, states, together
 
 METHODS = ("full", "lora", "qlora")
 IMBALANCE = 1.5  # of the tokens on the fullest GPU over the mean, while routers learn
@@ -36,8 +37,13 @@ class Layout(NamedTuple):
         """How many GPUs there are."""
         return self.fsdp * self.tp
 
+    @property
+    def ways(self) -> int:
+        """Into how many shares the routed experts are split before FSDP shards each."""
+        return max(self.ep, self.tp)
 
-_ALONE = Layout()
+
+ALONE = Layout()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ class Training:
 
 
 class Least(NamedTuple):
-    """The fewest GPUs that a training fits on, or the most that were tried."""
+    """The GPUs that a training fits on, or, where it fits on none, the most that were tried."""
 
     layout: Layout
     held: Training  # on each of them
@@ -67,17 +73,10 @@ class Least(NamedTuple):
     largest: str  # of the parts that more GPUs do not make smaller
 
 
-class _Held(NamedTuple):
-    """Some weights: bytes of those that stay as they are, number of those that are trained."""
-
-    frozen: float
-    trained: float
-
-
 def training(
     shape: Shape,
     *,
-    layout: Layout = _ALONE,
+    layout: Layout = ALONE,
     method: str = "full",
     rank: int = 16,
     mixed: bool = True,
@@ -95,12 +94,12 @@ def training(
     allocator wastes and the gradients of one layer's activations. Raises E208 for a method, a
     layout or a number that cannot be.
     """
-    _check(shape, layout, method)
-    numbers = {"--rank": rank, "--batch": batch, "--context": context, "--imbalance": imbalance}
-    for flag, number in numbers.items():
+    check(shape, layout, method)
+    numbers = {"--rank": rank, "--train-batch": batch, "--context": context}
+    for flag, number in (numbers | {"--imbalance": imbalance}).items():
         require(flag, number, 1)
-    kept = _whole(shape, method, rank, mixed)
-    width = 2 if mixed else _FLOAT
+    base, width = below_adapters(shape, method, mixed), 2 if mixed else _FLOAT
+    kept = states(shape, method, rank, base)
     tokens = batch * context
     per_token = activations.saved(shape, width, tp=layout.tp, checkpointing=checkpointing)
     copies = activations.saved_by_experts(
@@ -110,7 +109,7 @@ def training(
         weights=(kept.frozen + kept.trained * width) / layout.world,
         gradients=kept.trained * width / layout.world,
         optimizer=kept.trained * (_STATES - 2 * width) / layout.world,
-        gathered=_gathered(shape, layout, method, rank, mixed),
+        gathered=_gathered(shape, layout, method, rank, width, base),
         activations=tokens * per_token,
         dispatch=tokens * copies,
         # as the model gives them; the loss has their log-probabilities, and two gradients of them
@@ -123,20 +122,29 @@ def least_gpus(
 ) -> Least:
     """The fewest GPUs of `memory` bytes each, a power of two up to `most`, that hold a training.
 
-    trained: what each GPU holds, by its keyword `layout`. All GPUs shard the model fully; experts
-    are gathered like the rest, or, where that does not fit, lie spread over as many GPUs as divide
-    both them and the GPUs.
+    trained: what each GPU holds, by its keyword `layout`.
     """
-    gpus, experts = 1, gcd(*(layer.feed_forward.experts for layer in shape.moe_layers))
+    gpus = 1
     while True:
-        layouts = [Layout(fsdp=gpus, ep=ep) for ep in sorted({1, gcd(gpus, experts) or 1})]
-        tried = [(layout, trained(layout=layout)) for layout in layouts]
-        fitting = [each for each in tried if each[1].total <= memory]
-        if fitting or 2 * gpus > most:
-            layout, held = fitting[0] if fitting else min(tried, key=lambda each: each[1].total)
-            sizes = asdict(held)
-            return Least(layout, held, bool(fitting), max(_UNSHARED, key=lambda part: sizes[part]))
+        found = best_layout(shape, memory, trained, gpus)
+        if found.fits or 2 * gpus > most:
+            return found
         gpus *= 2
+
+
+def best_layout(shape: Shape, memory: float, trained: Callable[..., Training], gpus: int) -> Least:
+    """So many GPUs of `memory` bytes, all of which shard the model fully.
+
+    Experts are gathered like the rest, or, where that does not fit, lie spread over as many GPUs
+    as divide both them and the GPUs. trained: as in `least_gpus`.
+    """
+    experts = gcd(*(layer.feed_forward.experts for layer in shape.moe_layers)) or 1
+    layouts = [Layout(fsdp=gpus, ep=ep) for ep in sorted({1, gcd(gpus, experts)})]
+    tried = [(layout, trained(layout=layout)) for layout in layouts]
+    fitting = [each for each in tried if each[1].total <= memory]
+    layout, held = fitting[0] if fitting else min(tried, key=lambda each: each[1].total)
+    sizes = asdict(held)
+    return Least(layout, held, bool(fitting), max(_UNSHARED, key=lambda part: sizes[part]))
 
 
 def flops_per_token(shape: Shape, *, context: int, training: bool = False) -> float:
@@ -161,7 +169,7 @@ def training_flops(shape: Shape, tokens: float, *, context: int) -> float:
     return tokens * flops_per_token(shape, context=context, training=True)
 
 
-def _check(shape: Shape, layout: Layout, method: str) -> None:
+def check(shape: Shape, layout: Layout, method: str) -> None:
     """Raises E208 for a method or a layout that cannot be, with the reason."""
     if method not in METHODS:
         fix = nearest(method, METHODS)
@@ -180,75 +188,18 @@ def _check(shape: Shape, layout: Layout, method: str) -> None:
         raise ExpertlyError("E208", "--ep", why, fix="correct --ep")
 
 
-def _whole(shape: Shape, method: str, rank: int, mixed: bool) -> _Held:
-    """The whole model."""
-    base = _base(shape, method, mixed)
-    held = [(_root(shape, method, base), 1)]
-    for layer, many in shape.kinds.items():
-        held.extend((each, many) for each in _of_layer(layer, shape, method, rank, base))
-    frozen = sum(many * each.frozen for each, many in held)
-    return _Held(frozen, sum(many * each.trained for each, many in held))
-
-
-def _base(shape: Shape, method: str, mixed: bool) -> Precision:
-    """What the weights below adapters are in."""
-    return precision(shape, "bf16" if mixed else "fp32", "4g64" if method == "qlora" else None)
-
-
-def _root(shape: Shape, method: str, base: Precision) -> _Held:
-    """What is in no layer: embeddings, head, last norm."""
-    parts = {name: getattr(shape, name) for name in ("embeddings", "head", "norms", "other")}
-    return _held(parts, method, 0, base)
-
-
-def _of_layer(
-    layer: Layer, shape: Shape, method: str, rank: int, base: Precision
-) -> tuple[_Held, _Held]:
-    """One layer without its routed experts, and these."""
-    parts = parts_of(layer)
-    experts = {"experts": parts.pop("experts")}
-    beside, of_experts = _adapters(layer, shape, rank)
-    return _held(parts, method, beside, base), _held(experts, method, of_experts, base)
-
-
-def _held(parts: Mapping[str, int], method: str, adapters: float, base: Precision) -> _Held:
-    if method == "full":
-        return _Held(0, sum(parts.values()))
-    return _Held(sum(weight_bytes(count, base[part]) for part, count in parts.items()), adapters)
-
-
-def _adapters(layer: Layer, shape: Shape, rank: int) -> tuple[float, float]:
-    """Parameters of a layer's adapters, beside and in its routed experts.
-
-    A matrix of (out, in) gets rank x (out + in); of experts all ranks lie side by side. Those of
-    latent attention, which has more and smaller matrices, are an estimate.
-    """
-    attention, moe, dim = layer.attention, layer.feed_forward, shape.dim
-    matrices = 3 if shape.gated else 2
-    attended = 4 * dim + queries(layer) + keys_and_values(layer) + attention.width
-    beside = attended * bool(attention.weights) + matrices * (dim + moe.width) * bool(moe.width)
-    expert = 2 * dim + matrices * moe.expert_width  # gate and up are one matrix
-    return rank * beside, rank * moe.experts * expert
-
-
-def _gathered(shape: Shape, layout: Layout, method: str, rank: int, mixed: bool) -> float:
+def _gathered(
+    shape: Shape, layout: Layout, method: str, rank: int, width: int, base: Precision
+) -> float:
     """Bytes of what FSDP has put together at its peak, in the backward pass.
 
     The root stays together; of the layers there are one, the next to come, and the gradients of
     one. Experts that nobody else on this GPU's FSDP axis has are never apart.
     """
-    width, base = 2 if mixed else _FLOAT, _base(shape, method, mixed)
-    ways = max(layout.ep, layout.tp)
-    dense, experts = layout.fsdp > 1, layout.world > ways
-    root = _root(shape, method, base)
+    dense, experts = layout.fsdp > 1, layout.world > layout.ways
     peak = 0.0
     for layer in shape.kinds:
-        beside, routed = _of_layer(layer, shape, method, rank, base)
-        here = dense * _together(beside, width, 2) / layout.tp
-        peak = max(peak, here + experts * _together(routed, width, 2) / ways)
-    return dense * _together(root, width, 1) / layout.tp + peak
-
-
-def _together(held: _Held, width: int, copies: int) -> float:
-    """Bytes of so many copies of weights, and of one of their gradients."""
-    return copies * (held.frozen + held.trained * width) + held.trained * width
+        beside, routed = layer_states(layer, shape, method, rank, base)
+        here = dense * together(beside, width, 2) / layout.tp
+        peak = max(peak, here + experts * together(routed, width, 2) / layout.ways)
+    return dense * together(root(shape, method, base), width, 1) / layout.tp + peak
