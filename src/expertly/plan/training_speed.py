@@ -48,9 +48,9 @@ def training_step(
 
     utilisation: how much of the peak (bf16; fp32 unless mixed) the FLOPs reach that are not
     computed again, as in `training_cost`; with 1 the times are the roofline, recomputation too.
-    imbalance: of all-to-all, with ep > 1; compute is taken to be even. With adapters no gradients of frozen weights are computed; the adapters' own
-    products are not counted. The rest is as in `training`. Raises E208 for a layout or a method
-    that cannot be.
+    imbalance: of all-to-all, with ep > 1; compute is taken to be even. With adapters no
+    gradients of frozen weights are computed; the adapters' own products are not counted. The
+    rest is as in `training`. Raises E208 for a layout or a method that cannot be.
     """
     check(shape, layout, method)
     base, width = below_adapters(shape, method, mixed), 2 if mixed else 4
