@@ -405,8 +405,9 @@ print(json.dumps([found.opened, found.memory.predicted, found.memory.measured]))
 """
 
 
-# what libraries keep besides is the same for any model: little beside gigabytes
-@pytest.mark.parametrize(("opened", "within"), [(False, 0.05), (True, 0.15)])
+# what libraries keep besides, some tens of MB, is the same for any model: little beside gigabytes;
+# a model that is held twice is 100 % off
+@pytest.mark.parametrize(("opened", "within"), [(False, 0.2), (True, 0.4)])
 def test_memory_grows_by_the_weights(opened, within, raw, tmp_path):
     config = raw(
         "olmoe",
