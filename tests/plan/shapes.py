@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from expertly.plan.advice import Need, facts_of
+from expertly.plan.advice import facts_of
 from expertly.plan.hardware import device_of, link_of
 from expertly.plan.known import shape_of
+from expertly.plan.options import Need
 from expertly.plan.precision import precision
 from expertly.plan.shape import Attention, FeedForward, Layer, Shape, total
 

@@ -1,9 +1,6 @@
 """A model with random weights at real sizes, never held twice; and a tiny one of the same make."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +9,7 @@ from torch import Tensor, nn
 from expertly.errors import ExpertlyError
 from expertly.families import FAMILIES, family_of, num_layers, sizes
 from expertly.models.build import ModelShape, build_model, model_config
-from expertly.models.loading import Model, open_config
+from expertly.models.loading import Model, as_folder, open_config
 
 _BLOCK = 2**22 - 3  # random numbers that repeat, out of step with the rows of any matrix
 _STD = 0.02
@@ -75,9 +72,8 @@ def tiny_model(raw: Mapping[str, Any], dtype: torch.dtype, layers: int) -> Model
 def _config(raw: Mapping[str, Any]) -> ModelShape:
     """What transformers reads from such a config.json; a quantised checkpoint's without that."""
     plain = {key: value for key, value in raw.items() if key != "quantization_config"}
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-        return open_config(Path(folder))
+    with as_folder(plain) as folder:
+        return open_config(folder)
 
 
 def _keep_layers(model: Model, layers: int) -> None:

@@ -6,14 +6,11 @@ For families whose formulas nobody wrote down; plan/ has those of the common one
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from expertly.families import num_layers
-from expertly.folders import write_json
 from expertly.models.inspect import part_of
-from expertly.models.loading import class_config, skeleton
+from expertly.models.loading import as_folder, class_config, skeleton
 
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")  # what its list is called, and which one
 
@@ -30,9 +27,7 @@ def count_parameters(config: Mapping[str, Any]) -> Counted:
 
     Raises E305 as opening a folder with this config does.
     """
-    with TemporaryDirectory() as made:
-        folder = Path(made)
-        write_json(folder / "config.json", dict(config))
+    with as_folder(config) as folder:
         model = skeleton(folder, class_config(folder))
     return _by_layer(
         {name: parameter.numel() for name, parameter in model.named_parameters()},

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -140,6 +141,14 @@ def open_config(folder: Path) -> PretrainedConfig:
         what, fix = f"model_type {config.model_type!r}", "open it with transformers, then attach"
         raise ExpertlyError("E306", what, "an encoder-decoder", fix=fix)
     return config
+
+
+@contextmanager
+def as_folder(config: Mapping[str, Any]) -> Iterator[Path]:
+    """A config.json in a folder of its own for a while, which is how transformers reads one."""
+    with TemporaryDirectory() as made:
+        write_json(Path(made) / "config.json", dict(config))
+        yield Path(made)
 
 
 def skeleton(folder: Path, config: PretrainedConfig) -> PreTrainedModel:

@@ -17,8 +17,6 @@ from expertly.plan.shape import Layer, Shape, rival, total
 from expertly.plan.speed import batches_with, fades_at, race, routing_tax
 from expertly.plan.units import billions, gb, number
 
-__all__ = ["Need", "Option", "Verdict", "advise", "facts_of"]
-
 _AS_LARGE = "a dense model with all its parameters"
 _KEPT = 0.9  # of the memory for weights, the rest for the cache and activations
 

@@ -10,15 +10,10 @@ from typing import Any
 from expertly.plan.advice import advise, routing
 from expertly.plan.cost import serving_cost
 from expertly.plan.hardware import between
-from expertly.plan.memory import CHUNK, kv_cache, kv_per_token
+from expertly.plan.memory import CHUNK, kv_cache, kv_elements, kv_per_token
 from expertly.plan.options import MOST_GPUS, asked, cached, fewest_gpus
 from expertly.plan.precision import Precision, name_of, weights
-from expertly.plan.question import (
-    Question,
-    contenders,
-    need,
-    tokens_of,
-)
+from expertly.plan.question import Question, contenders, need, tokens_of
 from expertly.plan.scaling import estimate
 from expertly.plan.shape import Shape, parameters, total
 from expertly.plan.speed import Step, batches_with, decode, fades_at, prefill, race
@@ -88,7 +83,7 @@ def sizes(shape: Shape, precision: Precision, kv_bits: float) -> Answer:
         "precision": name_of(precision, shape),
         "weights_bytes": round(sum(each.resident for each in held.values())),
         "weights_bytes_touched": round(sum(each.touched for each in held.values())),
-        "kv_cache_elements_per_token": sum(layer.attention.cache for layer in shape.layers),
+        "kv_cache_elements_per_token": kv_elements(shape),
         "kv_cache_bytes_per_token": kv_per_token(shape, kv_bits),
     }
 
@@ -153,10 +148,7 @@ def caches(question: Question) -> Answer | None:
     """How much of the named model's KV cache is saved: by make, and by bits against its 16."""
     if question.against is None:
         return None
-    ours, theirs = (
-        sum(layer.attention.cache for layer in shape.layers)
-        for shape in (question.shape, question.against)
-    )
+    ours, theirs = kv_elements(question.shape), kv_elements(question.against)
     if not theirs:
         return None
     return {

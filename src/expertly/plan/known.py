@@ -10,6 +10,8 @@ from expertly.models.configs import read_config, read_config_file
 from expertly.plan.reading import read_shape
 from expertly.plan.shape import Shape
 
+_NEITHER = "neither a folder, a file nor a built-in model"
+
 
 @cache
 def known() -> dict[str, dict[str, Any]]:
@@ -20,8 +22,7 @@ def known() -> dict[str, dict[str, Any]]:
 def shape_of(name: str) -> Shape:
     """The Shape of a built-in config. Raises E305 for a name that there is not."""
     if name not in known():
-        why = "neither a folder, a file nor a built-in model"
-        raise ExpertlyError("E305", name, why, fix=nearest(name.lower(), known()))
+        raise _unknown(name, _NEITHER)
     return read_shape(known()[name], name)
 
 
@@ -33,7 +34,7 @@ def config_of(target: str) -> tuple[str, dict[str, Any]]:
     """
     if target in known():
         return target, known()[target]
-    path, why = Path(target), "neither a folder, a file nor a built-in model"
+    path, why = Path(target), _NEITHER
     try:
         if path.is_file():
             name = path.parent.resolve().name if path.name == "config.json" else path.stem
@@ -44,4 +45,8 @@ def config_of(target: str) -> tuple[str, dict[str, Any]]:
         why = f"{why} ({error.strerror})"
     if target.lower() in known():
         return target.lower(), known()[target.lower()]
-    raise ExpertlyError("E305", target[:100], why, fix=nearest(target[:100].lower(), known()))
+    raise _unknown(target, why)
+
+
+def _unknown(target: str, why: str) -> ExpertlyError:
+    return ExpertlyError("E305", target[:100], why, fix=nearest(target[:100].lower(), known()))

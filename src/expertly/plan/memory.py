@@ -31,10 +31,14 @@ class Memory:
         return Bytes(sum(each.resident for each in parts), sum(each.touched for each in parts))
 
 
+def kv_elements(shape: Shape) -> int:
+    """Elements that a token leaves in the KV cache of all layers, before any window is full."""
+    return sum(many * layer.attention.cache for layer, many in shape.decoder.kinds.items())
+
+
 def kv_per_token(shape: Shape, kv_bits: float = 16) -> float:
-    """Bytes that a token leaves in the KV cache of all layers, before any window is full."""
-    kept = (many * layer.attention.cache for layer, many in shape.decoder.kinds.items())
-    return sum(kept) * kv_bits / 8
+    """Bytes of `kv_elements`."""
+    return kv_elements(shape) * kv_bits / 8
 
 
 def kv_cache(

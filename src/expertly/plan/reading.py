@@ -36,18 +36,15 @@ WINDOWS: dict[str, Callable[[int, Config], bool]] = {
 
 def has_formulas(config: Config) -> bool:
     """Whether a config's family is counted here; the others are built on the meta device."""
-    return config["model_type"] in {*MAKES, "switch_transformers", "gemma3"}
+    return config["model_type"] in {*MAKES, *_OWN}
 
 
 def read_shape(config: Config, name: str) -> Shape:
     """A config's Shape; `name` is what the user calls it. Raises E305 for sizes that are missing,
     or no sizes, and what families.sizes raises.
     """
-    if config["model_type"] == "switch_transformers":
-        return switch_shape(config, name)
-    if config["model_type"] == "gemma3":
-        said = {"torch_dtype": config.get("torch_dtype"), **decoder(config)}
-        return with_tower(config, read_shape({**said, "model_type": "gemma3_text"}, name))
+    if config["model_type"] in _OWN:
+        return _OWN[config["model_type"]](config, name)
     make = MAKES[config["model_type"]]
     config = with_defaults(config, make)
     dim, vocab = whole(config, "hidden_size"), whole(config, "vocab_size")
@@ -77,6 +74,19 @@ def read_shape(config: Config, name: str) -> Shape:
         stored=stored.formats,
         notes=(*_left_out(config), *stored.notes),
     )
+
+
+def _gemma3(config: Config, name: str) -> Shape:
+    """Of a composite: its decoder's, with the tower."""
+    said = {"torch_dtype": config.get("torch_dtype"), **decoder(config)}
+    return with_tower(config, read_shape({**said, "model_type": "gemma3_text"}, name))
+
+
+# the families that no row of MAKES can say
+_OWN: dict[str, Callable[[Config, str], Shape]] = {
+    "switch_transformers": switch_shape,
+    "gemma3": _gemma3,
+}
 
 
 def _left_out(config: Config) -> Iterator[str]:
