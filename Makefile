@@ -5,6 +5,8 @@ PIP := --quiet -c constraints.txt
 # the lowest transformers that pyproject.toml allows, in a virtual environment of its own
 FLOOR := .venv-floor
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+# what the installation compiles; editing it installs again
+KERNELS := setup.py $(wildcard src/expertly/kernels/cpu/*.cpp src/expertly/kernels/cpu/*.h)
 # the tools of the virtual environment where there is one, else those on the PATH
 BIN := $(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/,)
 
@@ -46,15 +48,15 @@ clean:  ## remove what make made; runs stay
 		{ echo "expertly needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $*
 
-$(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/runtime: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/python
 	$(VENV)/bin/pip install $(PIP) -e .
 	touch $@
 
-$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/dev: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/python
 	$(VENV)/bin/pip install $(PIP) -e '.[dev]'
 	touch $@
 
-$(FLOOR)/dev: pyproject.toml constraints.txt | $(FLOOR)/bin/python
+$(FLOOR)/dev: pyproject.toml constraints.txt $(KERNELS) | $(FLOOR)/bin/python
 	sed '/^transformers==/d' constraints.txt > $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/pip install --quiet -c $(FLOOR)/constraints.txt -e '.[dev]' transformers==$(LOWEST)
 	touch $@

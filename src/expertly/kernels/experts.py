@@ -12,6 +12,8 @@ from torch import Tensor
 
 from expertly.kernels.gate import apply_gate
 from expertly.kernels.grouped import combine, dispatch, grouped_linear, sort_by_expert
+from expertly.kernels.packed_experts import packed_experts_forward
+from expertly.kernels.packed_linear import compute_dtype
 
 
 def experts_forward(
@@ -20,13 +22,17 @@ def experts_forward(
     """Run each token through its chosen experts and weigh the answers: (tokens, dim).
 
     hidden_states: (tokens, dim); top_k_index, top_k_weights: (tokens, top_k). Under autocast the
-    weights are cast to its dtype, as torch does for dense layers.
+    weights are cast to its dtype, as torch does for dense layers. Experts that hold packed weights
+    in a submodule `packed` run on those.
     """
-    dtype = _compute_dtype(hidden_states)
+    packed = getattr(experts, "packed", None)
+    if packed is not None:
+        return packed_experts_forward(experts, packed, hidden_states, top_k_index, top_k_weights)
+    dtype = compute_dtype(hidden_states)
     order = sort_by_expert(top_k_index, experts.down_proj.shape[0])
-    packed = dispatch(hidden_states.to(dtype), order)
+    x = dispatch(hidden_states.to(dtype), order)
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    inner = _linear(experts, up, packed, order.counts, dtype)
+    inner = _linear(experts, up, x, order.counts, dtype)
     inner = apply_gate(experts, inner) if experts.has_gate else experts.act_fn(inner)
     out = _linear(experts, "down_proj", inner, order.counts, dtype)
     if experts.has_post_expert_norm:
@@ -42,8 +48,3 @@ def _linear(experts: Any, name: str, x: Tensor, counts: Tensor, dtype: torch.dty
         return out
     bias = getattr(experts, f"{name}_bias").to(dtype)
     return out + bias.repeat_interleave(counts, dim=0, output_size=len(out))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

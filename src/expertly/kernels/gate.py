@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _SILU = ("SiLU", "SiLUActivation")  # torch's class, and transformers' for the same function
@@ -30,7 +30,12 @@ def _is_swiglu(experts: Any) -> bool:
     if experts._apply_gate.__name__ != "_default_apply_gate":
         return False
     act = experts.act_fn
-    return type(act).__name__ in _SILU and not any(getattr(act, hooks) for hooks in _HOOKS)
+    return type(act).__name__ in _SILU and not is_hooked(act)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone looks at the module's calls."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,0 +1,229 @@
+// A whole experts layer in one parallel region.
+//
+// Assignments are sorted by expert, so that an expert's weights are read once however many tokens
+// chose it. First every (expert, 32 columns of h) item: gate, up, activation, quantised in place.
+// After a barrier every group of output rows: all experts' down projections, weighed and added in
+// float32 by the one thread that owns those rows.
+#pragma once
+
+namespace {
+
+constexpr int64_t kSegment = 4096;      // tokens at a time, which bounds the memory
+constexpr int64_t kSumBytes = 1 << 19;  // of a thread's sums
+
+// Some of one expert's assignments, in sorted order.
+struct ExpertTask {
+  int64_t expert, first, rows;
+};
+
+struct ExpertsRun {
+  const Experts *call;
+  Rows x, h;           // h: one row for each assignment in sorted order
+  int64_t *tokens;     // of each assignment in sorted order, and
+  float *weights;      // its weight
+  int64_t *begin;      // (experts + 2) positions
+  ExpertTask *tasks;
+  int64_t n_tasks, step;
+  int64_t group;       // blocks of output rows in an item of the second phase
+  Desk *desks;
+  int64_t next_up, next_down;
+  bool serial;
+};
+
+INLINE bool counts(const Experts &call, int64_t a) {
+  return call.ids[a] >= 0 && call.ids[a] < call.down->experts && call.weights[a] != 0;
+}
+
+// A counting sort of the assignments by expert, and from it the tasks.
+static void sort_by_expert(ExpertsRun *run) {
+  const Experts &call = *run->call;
+  int64_t n = call.down->experts, total = call.tokens * call.top_k;
+  memset(run->begin, 0, (size_t)(n + 2) * sizeof(int64_t));
+  int64_t *ends = run->begin + 1;  // while it sorts: where the expert's next assignment goes
+  for (int64_t a = 0; a < total; a++)
+    if (counts(call, a)) ends[call.ids[a] + 1]++;
+  for (int64_t e = 0; e < n; e++) ends[e + 1] += ends[e];
+  for (int64_t a = 0; a < total; a++) {
+    if (!counts(call, a)) continue;
+    int64_t place = ends[call.ids[a]]++;
+    run->tokens[place] = a / call.top_k;
+    run->weights[place] = call.weights[a];
+  }
+  run->n_tasks = 0;
+  for (int64_t e = 0; e < n; e++)
+    for (int64_t first = run->begin[e]; first < run->begin[e + 1]; first += run->step)
+      run->tasks[run->n_tasks++] = {e, first, smaller(run->step, run->begin[e + 1] - first)};
+  run->tasks[run->n_tasks] = {0, 0, 0};  // whose weights are prefetched after the last
+}
+
+// Blocks of output rows whose sums stay in L2, but enough groups to share out.
+static int64_t group_of(const Experts &call) {
+  int64_t blocks = call.down->rows / kLanes;
+  int64_t group = kSumBytes / (call.tokens * kLanes * 4) / 2 * 2;
+  group = larger(2, smaller(8, group));
+  while (group > 2 && blocks < group * 4 * call.threads) group -= 2;
+  return group;
+}
+
+static void place_experts(ExpertsRun *run, Arena *arena) {
+  const Experts &call = *run->call;
+  int64_t total = call.tokens * call.top_k, n = call.down->experts;
+  run->x.x = call.x;
+  run->x.cols = call.gate_up->cols;
+  run->h.cols = call.down->cols;
+  bool wide = call.gate_up->bits == 16, wide_h = call.down->bits == 16;
+  place_rows(&run->x, arena, call.tokens, !wide, wide);
+  run->h.x.type = EXPERTLY_BFLOAT16;  // never lies ready
+  place_rows(&run->h, arena, total, !wide_h, wide_h);
+  run->step = smaller(rows_at_once(wide ? run->x.float_stride : run->x.chunk_stride),
+                      rows_at_once(wide_h ? run->h.float_stride : run->h.chunk_stride));
+  run->group = group_of(call);
+  run->tokens = arena->get<int64_t>(total);
+  run->weights = arena->get<float>(total);
+  run->begin = arena->get<int64_t>(n + 2);
+  run->tasks = arena->get<ExpertTask>(total / run->step + smaller(n, total) + 1);
+  run->desks = arena->get<Desk>(call.threads);
+  for (int i = 0; i < call.threads; i++) {
+    Desk desk = place_desk(arena, call.tokens * run->group * kLanes);
+    if (run->desks) run->desks[i] = desk;
+  }
+}
+
+INLINE F biased(const float *out, const float *bias, int64_t at) {
+  return bias ? add(load(out), load(bias + at)) : load(out);
+}
+
+// h of one task in columns 32 * pair and on, from the gate's and the up projection's products.
+static void finish_up(ExpertsRun &run, const ExpertTask &task, int64_t pair, int64_t blocks,
+                      const Desk &desk) {
+  const Experts &call = *run.call;
+  int64_t at = pair * kWide, width = run.h.cols;
+  const float *bias = call.gate_up_bias;
+  if (bias) bias += task.expert * call.gate_up->out;
+  for (int64_t t = 0; t < task.rows; t++) {
+    F h[2] = {zero(), zero()};
+    for (int64_t b = 0; b < blocks; b++) {
+      int64_t i = (t * blocks + b) * kLanes;
+      F gate = biased(desk.out + i, bias, at + b * kLanes);
+      F up = call.gate.gated ? biased(desk.other + i, bias, width + at + b * kLanes) : zero();
+      h[b] = apply_gate(call.gate, gate, up);
+    }
+    char *row = (char *)run.h.row(call.down->bits, task.first + t);
+    if (call.down->bits != 16) {
+      quantize(h[0], h[1], (Chunk *)row + pair);
+    } else {
+      for (int64_t b = 0; b < blocks; b++) store((float *)row + at + b * kLanes, h[b]);
+    }
+  }
+}
+
+// The pairs of blocks of h from `pair` to `end` for one task.
+static void up_item(ExpertsRun &run, const ExpertTask &task, int64_t pair, int64_t end,
+                    Desk &desk) {
+  const Experts &call = *run.call;
+  Matrix m = matrix_of(*call.gate_up, task.expert);
+  for (int64_t t = 0; t < task.rows; t++)
+    desk.x[t] = run.x.row(m.bits, run.tokens[task.first + t]);
+  int64_t columns = run.h.cols / kLanes;
+  for (; pair < end; pair++) {
+    int64_t gate = 2 * pair, up = columns + gate, blocks = smaller(2, columns - gate);
+    multiply(m, gate, blocks, desk.x, task.rows, panel_of(m, gate + 2), desk.room, desk.out);
+    if (call.gate.gated)
+      multiply(m, up, blocks, desk.x, task.rows, panel_of(m, up + 2), desk.room, desk.other);
+    finish_up(run, task, pair, blocks, desk);
+  }
+}
+
+// Weighs one task's products and adds them to its tokens' sums, from block `at` of the group on.
+static void add_down(const ExpertsRun &run, const ExpertTask &task, int64_t block, int64_t at,
+                     int64_t blocks, const Desk &desk) {
+  const Experts &call = *run.call;
+  for (int64_t b = 0; b < blocks; b++) {
+    int64_t row = (block + b) * kLanes;
+    F bias = zero();
+    if (call.down_bias && row < call.down->out) {
+      const float *from = call.down_bias + task.expert * call.down->out;
+      bias = load_first({from, EXPERTLY_FLOAT32}, row, call.down->out - row);
+    }
+    for (int64_t t = 0; t < task.rows; t++) {
+      float *sum = desk.sums + (run.tokens[task.first + t] * run.group + at + b) * kLanes;
+      F y = add(load(desk.out + (t * blocks + b) * kLanes), bias);
+      store(sum, fma(y, all(run.weights[task.first + t]), load(sum)));
+    }
+  }
+}
+
+static void down_item(const ExpertsRun &run, int64_t item, Desk &desk) {
+  const Experts &call = *run.call;
+  int64_t first = item * run.group, width = call.down->out;
+  int64_t end = smaller(first + run.group, call.down->rows / kLanes);
+  memset(desk.sums, 0, (size_t)(call.tokens * run.group * kLanes) * sizeof(float));
+  for (const ExpertTask *task = run.tasks; task < run.tasks + run.n_tasks; task++) {
+    Matrix m = matrix_of(*call.down, task->expert);
+    Matrix after = matrix_of(*call.down, (task + 1)->expert);
+    for (int64_t t = 0; t < task->rows; t++) desk.x[t] = run.h.row(m.bits, task->first + t);
+    for (int64_t block = first; block < end; block += 2) {
+      int64_t blocks = smaller(2, end - block);
+      Panel next = block + 2 < end ? panel_of(m, block + 2) : panel_of(after, first);
+      multiply(m, block, blocks, desk.x, task->rows, next, desk.room, desk.out);
+      add_down(run, *task, block, block - first, blocks, desk);
+    }
+  }
+  for (int64_t t = 0; t < call.tokens; t++)
+    for (int64_t row = first * kLanes; row < smaller(end * kLanes, width); row += kLanes) {
+      F y = load(desk.sums + t * run.group * kLanes + row - first * kLanes);
+      store_first(call.y, t * width + row, y, width - row);
+    }
+}
+
+static void work_on_experts(void *context, int thread, int threads) {
+  ExpertsRun &run = *(ExpertsRun *)context;
+  Desk &desk = run.desks[thread];
+  if (!run.serial) {
+    prepare_rows(run.x, run.call->tokens);
+    wait_for_team(threads);
+  }
+  int64_t pairs = ceil_div(run.h.cols, kWide), runs = ceil_div(pairs, kRun);
+  int64_t items = run.n_tasks * runs;
+  for (int64_t item; (item = take(&run.next_up)) < items;) {
+    int64_t pair = item % runs * kRun;
+    up_item(run, run.tasks[item / runs], pair, smaller(pair + kRun, pairs), desk);
+  }
+  wait_for_team(threads);
+  items = ceil_div(run.call->down->rows / kLanes, run.group);
+  for (int64_t item; (item = take(&run.next_down)) < items;) down_item(run, item, desk);
+}
+
+static int run_segment(const Experts &call) {
+  ExpertsRun run = {};
+  run.call = &call;
+  Arena arena = {};
+  place_experts(&run, &arena);
+  void *memory = 0;
+  if (posix_memalign(&memory, 64, arena.used) != 0) return EXPERTLY_MEMORY;
+  arena = {(char *)memory, 0};
+  place_experts(&run, &arena);
+  sort_by_expert(&run);
+  run.serial = call.tokens * run.x.cols <= kSerial || call.threads == 1;
+  if (run.serial) prepare_rows(run.x, call.tokens);
+  run_team(call.threads, work_on_experts, &run);
+  free(memory);
+  return 0;
+}
+
+static int run_experts(const Experts &call) {
+  for (int64_t first = 0; first < call.tokens; first += kSegment) {
+    Experts part = call;
+    part.tokens = smaller(kSegment, call.tokens - first);
+    int64_t x_bytes = call.x.type == EXPERTLY_BFLOAT16 ? 2 : 4;
+    int64_t y_bytes = call.y.type == EXPERTLY_BFLOAT16 ? 2 : 4;
+    part.x.data = (const char *)call.x.data + first * call.gate_up->cols * x_bytes;
+    part.y.data = (char *)call.y.data + first * call.down->out * y_bytes;
+    part.ids = call.ids + first * call.top_k;
+    part.weights = call.weights + first * call.top_k;
+    if (int code = run_segment(part)) return code;
+  }
+  return 0;
+}
+
+}  // namespace

@@ -1,0 +1,124 @@
+// Linear layers: any number of (weight, rows of x) jobs in one parallel region.
+#pragma once
+
+namespace {
+
+constexpr int64_t kRun = 4;  // pairs of blocks in an item: neighbours, so that they are prefetched
+
+// Some rows of a job; its items are runs of pairs of weight blocks.
+struct LinearTask {
+  const Job *job;
+  int64_t first, rows;  // within the job
+  int64_t end;          // the first item that is no longer its own
+};
+
+struct LinearsRun {
+  const Linears *call;
+  Rows rows;
+  LinearTask *tasks;
+  Desk *desks;
+  int64_t items, next;
+  int64_t run;  // pairs of blocks in an item
+  bool serial;  // x is made ready before the region
+};
+
+INLINE int64_t job_rows_at_once(const Job &job) {
+  int64_t cols = job.weight->cols;
+  return rows_at_once(job.weight->bits == 16 ? floats_stride(cols) : chunks_stride(cols));
+}
+
+// How many pairs of blocks a thread takes at once: few where there are few.
+INLINE int64_t run_of(const Linears &call) {
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < call.n; i++) pairs += ceil_div(call.jobs[i].weight->rows, kWide);
+  return call.threads == 1 || pairs >= 16 * kRun * call.threads ? kRun : 1;
+}
+
+static int64_t place_tasks(const Linears &call, LinearTask *tasks) {
+  int64_t count = 0, items = 0;
+  for (const Job *job = call.jobs; job < call.jobs + call.n; job++) {
+    int64_t step = job_rows_at_once(*job);
+    for (int64_t first = 0; first < job->rows; first += step, count++) {
+      items += ceil_div(job->weight->rows, kWide * run_of(call));
+      if (tasks) tasks[count] = {job, first, smaller(step, job->rows - first), items};
+    }
+  }
+  return tasks ? items : count;
+}
+
+static void place_linears(LinearsRun *run, Arena *arena) {
+  const Linears &call = *run->call;
+  bool chunks = false, floats = false;
+  for (int64_t i = 0; i < call.n; i++)
+    (call.jobs[i].weight->bits == 16 ? floats : chunks) = true;
+  run->rows.x = call.x;
+  run->rows.cols = call.cols;
+  place_rows(&run->rows, arena, call.tokens, chunks, floats);
+  run->tasks = arena->get<LinearTask>(place_tasks(call, 0));
+  run->desks = arena->get<Desk>(call.threads);
+  for (int i = 0; i < call.threads; i++) {
+    Desk desk = place_desk(arena, 0);
+    if (run->desks) run->desks[i] = desk;
+  }
+}
+
+// Adds the bias and writes what counts of (rows, blocks * 16) products from output row `at` on.
+static void finish_linear(const LinearTask &task, const float *out, int64_t at, int64_t blocks) {
+  const Job &job = *task.job;
+  int64_t width = job.weight->out;
+  for (int64_t b = 0; b < blocks; b++, at += kLanes) {
+    if (at >= width) return;
+    F bias = job.bias ? load_first({job.bias, EXPERTLY_FLOAT32}, at, width - at) : zero();
+    for (int64_t t = 0; t < task.rows; t++) {
+      F y = add(load(out + (t * blocks + b) * kLanes), bias);
+      store_first(job.y, (task.first + t) * width + at, y, width - at);
+    }
+  }
+}
+
+static void linear_item(const LinearsRun &run, const LinearTask &task, int64_t item, Desk &desk) {
+  const Job &job = *task.job;
+  Matrix m = matrix_of(*job.weight, job.expert);
+  for (int64_t t = 0; t < task.rows; t++)
+    desk.x[t] = run.rows.row(m.bits, job.first + task.first + t);
+  int64_t end = smaller((item + 1) * run.run * 2, m.blocks);
+  for (int64_t block = item * run.run * 2; block < end; block += 2) {
+    int64_t blocks = smaller(2, end - block);
+    multiply(m, block, blocks, desk.x, task.rows, panel_of(m, block + 2), desk.room, desk.out);
+    finish_linear(task, desk.out, block * kLanes, blocks);
+  }
+}
+
+static void work_on_linears(void *context, int thread, int threads) {
+  LinearsRun &run = *(LinearsRun *)context;
+  if (!run.serial) {
+    prepare_rows(run.rows, run.call->tokens);
+    wait_for_team(threads);
+  }
+  const LinearTask *task = run.tasks;
+  int64_t begin = 0;  // the task's first item
+  for (int64_t item; (item = take(&run.next)) < run.items;) {
+    for (; item >= task->end; task++) begin = task->end;
+    linear_item(run, *task, item - begin, run.desks[thread]);
+  }
+}
+
+static int run_linears(const Linears &call) {
+  LinearsRun run = {};
+  run.call = &call;
+  Arena arena = {};
+  place_linears(&run, &arena);
+  void *memory = 0;
+  if (posix_memalign(&memory, 64, arena.used) != 0) return EXPERTLY_MEMORY;
+  arena = {(char *)memory, 0};
+  place_linears(&run, &arena);
+  run.run = run_of(call);
+  run.items = place_tasks(call, run.tasks);
+  run.serial = call.tokens * call.cols <= kSerial || call.threads == 1;
+  if (run.serial) prepare_rows(run.rows, call.tokens);
+  if (run.items > 0) run_team(call.threads, work_on_linears, &run);
+  free(memory);
+  return 0;
+}
+
+}  // namespace

@@ -1,0 +1,257 @@
+"""The compiled kernels of cpu/, called with tensors: no torch headers, no glue, only addresses.
+
+Inference only: nothing here records gradients. The library is built with the package where there
+is a compiler; without it library() is None and torch's own operations take over.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from ctypes import byref
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertly.kernels import native_abi as abi
+from expertly.kernels.packed import PackedWeight
+
+ISAS = ("portable", "avx2", "avx512")  # by expertly_best_isa's number
+_ACTS = ("silu", "gelu", "gelu_tanh", "clamped", "relu", "relu2")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ZERO_KINDS = {None: 0, torch.uint8: 1, torch.float16: 2}
+
+
+class Gate(NamedTuple):
+    """What an expert computes between its projections."""
+
+    act: str  # silu, gelu, gelu_tanh, clamped (gpt-oss's SwiGLU), relu or relu2
+    gated: bool = True  # act(gate) * up; else act(up)
+    alpha: float = 1.702  # of "clamped", and
+    limit: float = 7.0  # where it clamps
+
+
+class Library:
+    """The kernels for one instruction set; every function checks its bounds and raises ValueError.
+
+    Activations are float32 or bfloat16, and so are the results. For weights of 4 and 8 bits they
+    are rounded to int8 in groups of 32; for 16 bits all sums are in float32.
+    """
+
+    def __init__(self, handle: ctypes.CDLL, isa: int):
+        self.handle, self.isa = handle, isa
+        functions = {name: abi.typed(handle, name) for name in abi.ARGUMENTS}
+        self._linears, self._grouped = functions["linears"], functions["grouped_linear"]
+        self._experts, self._norm = functions["experts"], functions["rms_norm"]
+
+    def linears(
+        self, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], x: Tensor
+    ) -> list[Tensor]:
+        """x (.., in) through weights (out, in) that share it: one (.., out) each.
+
+        biases: (out,) float32 or None.
+        """
+        x = x.contiguous()
+        *lead, width = x.shape
+        kind, dtype, count = _kind(x), x.dtype, len(weights)
+        outs = []
+        for weight, bias in zip(weights, biases, strict=True):
+            out, cols = weight.shape
+            if cols != width:
+                raise _misfit(x, weight)
+            if bias is not None:
+                _check_bias(bias, (out,))
+            outs.append(torch.empty(*lead, out, dtype=dtype))
+        code = self._linears(
+            self.isa,
+            torch.get_num_threads(),
+            count,
+            abi.addresses([_address(weight) for weight in weights]),
+            abi.addresses([0 if bias is None else bias.data_ptr() for bias in biases]),
+            x.data_ptr(),
+            kind,
+            math.prod(lead),
+            abi.addresses([out.data_ptr() for out in outs]),
+            kind,
+        )
+        _check("linears", code)
+        return outs
+
+    def grouped_linear(
+        self, weight: PackedWeight, bias: Tensor | None, x: Tensor, counts: Tensor
+    ) -> Tensor:
+        """Rows of x (rows, in), sorted by expert, through a stack (experts, out, in): (rows, out).
+
+        bias: (experts, out) float32 or None; counts: (experts,) int64.
+        """
+        x, counts, kind = x.contiguous(), counts.contiguous(), _kind(x)
+        _check_width(x, weight)
+        _check_bias(bias, weight.shape[:-1])
+        _check_integers("counts", counts, (weight.experts,))
+        out = torch.empty(len(x), weight.shape[-2], dtype=x.dtype)
+        code = self._grouped(
+            self.isa,
+            torch.get_num_threads(),
+            _address(weight),
+            _pointer(bias),
+            x.data_ptr(),
+            kind,
+            counts.data_ptr(),
+            len(x),
+            out.data_ptr(),
+            kind,
+        )
+        _check("grouped_linear", code)
+        return out
+
+    def experts(
+        self,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        gate: Gate,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """A whole experts layer on x (tokens, dim): projections, gate and weighted sum.
+
+        ids: (tokens, top_k) int64, weights: (tokens, top_k); ids outside the experts and weights
+        of 0 are skipped. Biases are (experts, rows) float32 or None.
+        """
+        x, ids, kind = x.contiguous(), ids.contiguous(), _kind(x)
+        weights, (tokens, top_k) = weights.float().contiguous(), weights.shape
+        _check_width(x, gate_up)
+        _check_bias(gate_up_bias, gate_up.shape[:-1])
+        _check_bias(down_bias, down.shape[:-1])
+        _check_integers("ids", ids, (tokens, top_k))
+        if len(x) != tokens:
+            raise ValueError(f"experts: {tokens} tokens' weights for {len(x)} tokens")
+        out = torch.empty(tokens, down.shape[-2], dtype=x.dtype)
+        code = self._experts(
+            self.isa,
+            torch.get_num_threads(),
+            _address(gate_up),
+            _address(down),
+            _pointer(gate_up_bias),
+            _pointer(down_bias),
+            byref(_gate(*gate)),
+            x.data_ptr(),
+            kind,
+            ids.data_ptr(),
+            weights.data_ptr(),
+            tokens,
+            top_k,
+            out.data_ptr(),
+            kind,
+        )
+        _check("experts", code)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """x / rms(x) * (weight + offset) over the last axis, rounded as transformers rounds.
+
+        Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+        """
+        x, weight = x.contiguous(), weight.contiguous()
+        shape, (dim,) = x.shape, weight.shape
+        if shape[-1] != dim:
+            raise ValueError(f"rms_norm: x is {tuple(shape)}, its weight ({dim},)")
+        wide = weight if weight.dtype == torch.float32 else x
+        out = torch.empty(shape, dtype=wide.dtype)
+        code = self._norm(
+            self.isa,
+            x.data_ptr(),
+            _kind(x),
+            weight.data_ptr(),
+            _kind(weight),
+            eps,
+            offset,
+            x.numel() // dim,
+            dim,
+            out.data_ptr(),
+            _kind(wide),
+        )
+        _check("rms_norm", code)
+        return out
+
+
+@functools.cache
+def library() -> Library | None:
+    """The kernels for this machine's best instruction set; None without the compiled file."""
+    handle = abi.load(Path(__file__).with_name("_cpu.so"))
+    return None if handle is None else Library(handle, handle.expertly_best_isa())
+
+
+class _Native(NamedTuple):
+    """A packed weight as the kernels take it."""
+
+    weight: abi.Weight
+    address: int
+
+
+def _address(weight: PackedWeight) -> int:
+    """Where the weight's struct lies; it is made once and kept beside the tensors."""
+    kept = weight.__dict__.get("_native")
+    if kept is None:
+        zeros, (out, cols) = weight.zeros, weight.shape[-2:]
+        made = abi.Weight(
+            weight.data.data_ptr(),
+            _pointer(weight.scales),
+            _pointer(zeros),
+            weight.bits,
+            weight.group_size,
+            _ZERO_KINDS[None if zeros is None else zeros.dtype],
+            weight.experts,
+            out + -out % 16,
+            cols,
+            out,
+        )
+        kept = weight.__dict__["_native"] = _Native(made, ctypes.addressof(made))
+    return kept.address
+
+
+@functools.cache
+def _gate(act: str, gated: bool, alpha: float, limit: float) -> abi.Gate:
+    return abi.Gate(_ACTS.index(act), gated, alpha, limit)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _kind(x: Tensor) -> int:
+    try:
+        return _TYPES[x.dtype]
+    except KeyError:
+        raise ValueError(f"native kernels read float32 and bfloat16, not {x.dtype}") from None
+
+
+def _check_width(x: Tensor, weight: PackedWeight) -> None:
+    if x.shape[-1] != weight.shape[-1]:
+        raise _misfit(x, weight)
+
+
+def _misfit(x: Tensor, weight: PackedWeight) -> ValueError:
+    return ValueError(f"x is {tuple(x.shape)}, the packed weight {weight.shape}")
+
+
+def _check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> None:
+    if bias is None:
+        return
+    if bias.shape != shape or bias.dtype != torch.float32 or not bias.is_contiguous():
+        raise ValueError(f"a bias must be contiguous float32 {shape}, not {tuple(bias.shape)}")
+
+
+def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype != torch.int64:
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name} must be {shape} int64, not {found}")
+
+
+def _check(name: str, code: int) -> None:
+    if code:
+        raise ValueError(f"{name}: {abi.WRONG.get(code, f'error {code}')}")

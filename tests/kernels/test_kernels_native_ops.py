@@ -1,0 +1,296 @@
+"""Attention of one token and the router, against slow definitions in double precision."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertly.kernels.native import ISAS, library
+from expertly.kernels.native_ops import (
+    NORMS,
+    AttentionForm,
+    New,
+    Operations,
+    Room,
+    RouterForm,
+    operations,
+)
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
+BEST = 0 if library() is None else library().isa
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
+def native(request):
+    if request.param > BEST:
+        pytest.skip("this machine lacks the instruction set")
+    return Operations(library().handle, request.param)
+
+
+def random(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def normed(x, weight, eps):
+    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
+
+
+def turned(x, cos, sin):
+    """x (batch, heads, dim); cos, sin (batch or 1, rotated)."""
+    rotated = cos.shape[-1]
+    part, rest = x[..., :rotated], x[..., rotated:]
+    a, b = part.chunk(2, dim=-1)
+    cos, sin = cos[:, None].double(), sin[:, None].double()
+    return torch.cat([part * cos + torch.cat([-b, a], -1) * sin, rest], dim=-1)
+
+
+def prepared(form, x, heads, weight, new):
+    dim = form.head_dim
+    x = x.double().view(len(x), -1)
+    x = x.clamp(-form.clip, form.clip) if form.clip else x
+    if form.norm == "all heads":
+        x = normed(x, weight, form.eps)
+    x = x.view(len(x), heads, dim)
+    if form.norm == "each head":
+        x = normed(x, weight, form.eps)
+    x = turned(x, new.cos, new.sin)
+    return normed(x, weight, form.eps) if form.norm == "each rotated head" else x
+
+
+def slow_attention(form, new, room, length, q_norm, k_norm):
+    """The answer (batch, heads * dim), and the new token's keys and values."""
+    q = prepared(form, new.q, form.heads, q_norm, new)
+    k = prepared(form, new.k, form.kv_heads, k_norm, new)
+    v = new.v.double().view(k.shape)
+    v = v.clamp(-form.clip, form.clip) if form.clip else v
+    out = torch.empty_like(q)
+    for row in range(len(q)):
+        for head in range(form.heads):
+            shared = head * form.kv_heads // form.heads
+            keys = torch.cat([room.keys[row, shared, :length].double(), k[row, shared][None]])
+            values = torch.cat([room.values[row, shared, :length].double(), v[row, shared][None]])
+            out[row, head] = (keys @ q[row, head] * form.scale).softmax(0) @ values
+    return out.flatten(1), k, v
+
+
+def case(form, batch, length, dtype, *, rotated=None, size=None, together=True):
+    dim, kv = form.head_dim, form.kv_heads
+    rotated = dim if rotated is None else rotated
+    shapes = [form.heads * dim, kv * dim, kv * dim]
+    tensors = [random(batch, 1, each, seed=i).to(dtype) for i, each in enumerate(shapes)]
+    angles = random(1 if together else batch, 1, rotated, seed=3)
+    new = New(*tensors, angles.cos().to(dtype), angles.sin().to(dtype))
+    size = length + 3 if size is None else size
+    room = Room(*(random(batch, kv, size, dim, seed=4 + i).to(dtype) for i in range(2)))
+    wide = {"none": None, "all heads": (form.heads, kv)}.get(form.norm, (1, 1))
+    norms = [None if wide is None else random(w * dim, seed=6).abs() for w in wide or (0, 0)]
+    return new, room, [None if each is None else each.to(dtype) for each in norms]
+
+
+def check(native, form, batch, length, dtype, **changes):
+    new, room, norms = case(form, batch, length, dtype, **changes)
+    flat = New(*new[:3], new.cos.flatten(1), new.sin.flatten(1))
+    want, keys, values = slow_attention(form, flat, room, length, *norms)
+    before = room.keys.clone(), room.values.clone()
+    got = native.attend(form, new, room, length, *norms)
+    scale = 1 + want.abs().max()
+    assert (got.double() - want).abs().max() <= DTYPES[dtype] * scale
+    for cache, new_token, old in zip((room.keys, room.values), (keys, values), before, strict=True):
+        assert (cache[:, :, length].double() - new_token).abs().max() <= DTYPES[dtype] * 4
+        cache[:, :, length] = old[:, :, length]
+        assert cache.equal(old)  # nothing else was written
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 7, 100])
+def test_attention_is_its_definition(native, norm, length, dtype):
+    form = AttentionForm(4, 2, 32, 0.2, norm=norm, eps=1e-5)
+    check(native, form, 2, length, dtype)
+
+
+@given(st.data())
+def test_attention_of_any_size(data):
+    draw = data.draw
+    kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    dim, batch = 32 * draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    clip = draw(st.sampled_from([0.0, 0.7]))
+    form = AttentionForm(kv * group, kv, dim, 0.3, clip, draw(st.sampled_from(NORMS)), 1e-6)
+    changes = {
+        "rotated": 2 * draw(st.integers(0, dim // 2)),
+        "together": draw(st.booleans()),
+    }
+    dtype = draw(st.sampled_from(list(DTYPES)))
+    check(operations(), form, batch, draw(st.integers(0, 40)), dtype, **changes)
+
+
+def test_threads_do_not_change_the_answer(native):
+    form, answers = AttentionForm(8, 8, 64, 0.1), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        new, room, _ = case(form, 2, 300, torch.bfloat16)
+        answers.append(native.attend(form, new, room, 300))
+    torch.set_num_threads(before)
+    assert answers[0].equal(answers[1])
+    assert answers[0].equal(answers[2])
+
+
+def test_large_scores_do_not_overflow(native):
+    form = AttentionForm(1, 1, 32, 1e3)
+    new, room, _ = case(form, 1, 20, torch.float32)
+    out = native.attend(form, new, room, 20)
+    assert out.isfinite().all()
+    want, *_ = slow_attention(
+        form, New(*new[:3], new.cos[:, 0], new.sin[:, 0]), room, 20, None, None
+    )
+    assert (out.double() - want).abs().max() < 1e-3
+
+
+FORM = AttentionForm(4, 2, 32, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("form", "length", "changes", "said"),
+    [
+        (FORM, 9, {"size": 9}, "no room"),
+        (FORM, -1, {"size": 9}, "no room"),
+        (AttentionForm(3, 2, 32, 0.2), 2, {}, "heads must be"),
+        (AttentionForm(4, 2, 48, 0.2), 2, {}, "heads must be"),
+        (FORM, 2, {"rotated": 33}, "rotary"),
+        (FORM, 2, {"rotated": 64}, "rotary"),
+    ],
+)
+def test_bad_sizes_are_refused_before_anything_is_written(form, length, changes, said):
+    new, room, _ = case(form, 1, max(length, 0), torch.float32, **changes)
+    before = room.keys.clone()
+    with pytest.raises(ValueError, match=said):
+        operations().attend(form, new, room, length)
+    assert room.keys.equal(before)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    new, room, _ = case(FORM, 2, 5, torch.float32)
+    wrong = {
+        "one shape": [
+            new._replace(k=new.k[:1]),
+            new._replace(q=new.q[..., :-1]),
+            new._replace(v=new.v[:, :0]),
+            new._replace(sin=new.sin[..., :-2]),
+            new._replace(cos=new.cos.repeat(1, 2, 1), sin=new.sin.repeat(1, 2, 1)),
+        ],
+        "contiguous": [
+            new._replace(q=new.q.bfloat16()),
+            new._replace(k=torch.empty(64, 2).T.view(2, 1, 64)),
+        ],
+        "rotary": [new._replace(cos=new.cos.repeat(3, 1, 1), sin=new.sin.repeat(3, 1, 1))],
+    }
+    for said, news in wrong.items():
+        for each in news:
+            with pytest.raises(ValueError, match=said):
+                operations().attend(FORM, each, room, 5)
+    with pytest.raises(ValueError, match="norm of"):
+        form = FORM._replace(norm="each head")
+        operations().attend(form, new, room, 5, torch.ones(31), torch.ones(31))
+    with pytest.raises(ValueError, match="norm"):
+        operations().attend(FORM._replace(norm="each head"), new, room, 5)
+    with pytest.raises(ValueError, match="one shape"):
+        Room(room.keys, room.values[:, :1])
+    with pytest.raises(ValueError, match="contiguous"):
+        Room(room.keys.mT, room.values.mT)
+
+
+# --- Router ------------------------------------------------------------------------------------
+
+
+def slow_route(form, x, weight, bias):
+    """Weights and ids by the definition, from logits in double precision."""
+    logits = x.double() @ weight.double().T
+    scores = logits.sigmoid() if form.score == "sigmoid" else logits.softmax(-1)
+    if form.score == "softmax of the chosen":
+        scores = logits
+    choice = scores if bias is None else scores + bias.double()
+    if form.topk_groups < form.num_groups:
+        groups = choice.view(len(x), form.num_groups, -1)
+        worth = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+        kept = torch.zeros_like(worth).scatter(1, worth.topk(form.topk_groups).indices, 1)
+        choice = groups.masked_fill(kept[..., None] == 0, -torch.inf).flatten(1)
+    ids = choice.topk(form.top_k).indices
+    weights = scores.gather(1, ids)
+    if form.score == "softmax of the chosen":
+        weights = weights.softmax(-1)
+    if form.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + form.epsilon)
+    return logits, weights * form.scale, ids
+
+
+FORMS = [
+    RouterForm(2),
+    RouterForm(8, renormalize=True, scale=2.5),
+    RouterForm(3, "softmax of the chosen"),
+    RouterForm(4, "sigmoid", True, 4, 2, 1e-20, 1.5),
+    RouterForm(4, "sigmoid", False, 16, 4),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (5, 96), (3, 50)])
+def test_routing_is_its_definition(native, form, biased, tokens, dim):
+    x, weight = random(tokens, dim, seed=0).float(), random(16, dim, seed=1).float() / 3
+    bias = random(16, seed=2).float() if biased else None
+    logits, weights, ids = native.route(form, x, weight, bias)
+    want = slow_route(form, x, weight, bias)
+    assert ids.equal(want[2])
+    assert torch.allclose(logits.double(), want[0], atol=1e-4)
+    assert torch.allclose(weights.double(), want[1], atol=1e-5)
+
+
+def test_logits_are_rounded_where_the_family_rounds(native):
+    form = RouterForm(4, exact=False, logits_dtype=torch.bfloat16, weights_dtype=torch.bfloat16)
+    x, weight = random(6, 64, seed=0).bfloat16(), random(8, 64, seed=1).bfloat16()
+    logits, weights, ids = native.route(form, x, weight)
+    assert logits.dtype == weights.dtype == torch.bfloat16
+    top = logits.float().softmax(-1).topk(4)
+    assert ids.equal(top.indices)
+    assert (weights.float() - top.values).abs().max() < 1e-2
+    exact = native.route(form._replace(exact=True, logits_dtype=torch.float32), x, weight)[0]
+    assert exact.bfloat16().equal(logits)
+    assert not exact.equal(logits.float())
+
+
+def test_of_equals_the_first_and_nan_last(native):
+    weight = torch.eye(8)
+    x = torch.tensor([[1.0, 3.0, 3.0, float("nan"), 2.0, 2.0, 0.0, 0.0]])
+    ids = native.route(RouterForm(8, "softmax of the chosen"), x[:, :8], weight)[2]
+    assert sorted(ids[0].tolist()) == list(range(8))
+    x = torch.tensor([[1.0, 3.0, 3.0, 0.0, 2.0, 2.0, 0.0, 0.0]])
+    assert native.route(RouterForm(5), x, weight)[2].tolist() == [[1, 2, 4, 5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (RouterForm(9), "more experts"),
+        (RouterForm(0), "more experts"),
+        (RouterForm(2, num_groups=3), "groups"),
+        (RouterForm(5, num_groups=4, topk_groups=2), "groups"),
+        (RouterForm(2, num_groups=2, topk_groups=3), "groups"),
+    ],
+)
+def test_bad_rules_are_refused(form, said):
+    with pytest.raises(ValueError, match=said):
+        operations().route(form, torch.ones(1, 32), torch.ones(8, 32))
+
+
+def test_router_tensors_that_do_not_fit_are_refused():
+    native, form = operations(), RouterForm(2)
+    x, weight = torch.ones(2, 32), torch.ones(8, 32)
+    with pytest.raises(ValueError, match="x is"):
+        native.route(form, x[:, :31], weight)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.route(form, torch.ones(32, 2).T, weight)
+    with pytest.raises(ValueError, match="bias"):
+        native.route(form, x, weight, torch.ones(7))
+    assert native.route(form, x[:0], weight)[2].shape == (0, 2)
