@@ -175,10 +175,12 @@ void try_norm(int isa) {
   Values slow(y.type, y.n);
   x.fill();
   weight.fill();
-  float offset = between(0, 1);
-  for (int i : {0, isa})
-    need(expertly_rms_norm(i, x.data(), x.type, weight.data(), weight.type, 1e-6f, offset, rows,
-                           dim, i == 0 ? slow.data() : y.data(), y.type) == 0, "norm's code");
+  expertly_norm call = {x.data(), weight.data(), 0, rows, dim, x.type, weight.type, y.type,
+                        (int)between(0, 1), 1e-6f, (float)between(0, 1)};
+  for (int i : {0, isa}) {
+    call.y = i == 0 ? slow.data() : y.data();
+    need(expertly_rms_norm(i, &call) == 0, "norm's code");
+  }
   if (isa) same(y, slow, "norm");
 }
 

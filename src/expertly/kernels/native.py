@@ -151,30 +151,25 @@ class Library:
         _check("experts", code)
         return out
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """x / rms(x) * (weight + offset) over the last axis, rounded as transformers rounds.
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, once: bool = False
+    ) -> Tensor:
+        """x / rms(x) * (weight + offset) over the last axis; the wider dtype of the two.
 
-        Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+        x / rms(x) is rounded to x's dtype first, as Llama's is. once: it is not, and the result
+        has x's dtype, as Gemma's. Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
         """
         x, weight = x.contiguous(), weight.contiguous()
-        shape, (dim,) = x.shape, weight.shape
-        if shape[-1] != dim:
-            raise ValueError(f"rms_norm: x is {tuple(shape)}, its weight ({dim},)")
-        wide = weight if weight.dtype == torch.float32 else x
-        out = torch.empty(shape, dtype=wide.dtype)
-        code = self._norm(
-            self.isa,
-            x.data_ptr(),
-            _kind(x),
-            weight.data_ptr(),
-            _kind(weight),
-            eps,
-            offset,
-            x.numel() // dim,
-            dim,
-            out.data_ptr(),
-            _kind(wide),
-        )
+        (dim,) = weight.shape
+        if x.shape[-1] != dim:
+            raise ValueError(f"rms_norm: x is {tuple(x.shape)}, its weight ({dim},)")
+        x_kind, weight_kind = _kind(x), _kind(weight)
+        wide = once or x_kind <= weight_kind  # 0 is float32, the wider one
+        out = torch.empty_like(x) if wide else torch.empty_like(x, dtype=weight.dtype)
+        kinds = x_kind, weight_kind, x_kind if wide else weight_kind
+        places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        rows = x.numel() // dim
+        code = self._norm(self.isa, abi.norm(*places, rows, dim, *kinds, once, eps, offset))
         _check("rms_norm", code)
         return out
 

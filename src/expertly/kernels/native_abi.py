@@ -50,8 +50,11 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "linears": (c_int, *[c_void_p] * 3, c_int, c_int64, c_void_p, c_int),
     "grouped_linear": (*[c_void_p] * 3, c_int, c_void_p, c_int64, c_void_p, c_int),
     "experts": (*[c_void_p] * 6, c_int, *[c_void_p] * 2, c_int64, c_int64, c_void_p, c_int),
-    "rms_norm": (*[c_void_p, c_int] * 2, c_float, c_float, c_int64, c_int64, c_void_p, c_int),
+    "rms_norm": (c_void_p,),
 }
+
+
+norm = struct.Struct("3P2q4i2f").pack  # expertly_norm; bytes go as their address
 
 
 def load(path: Path) -> ctypes.CDLL | None:

@@ -26,6 +26,15 @@ class PackedModule(nn.Module):
             self.register_buffer(f"{name}_{part}", getattr(weight, part))
         setattr(self, name, weight)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        mine = any(f"{prefix}{name}" in state_dict for name in self._buffers)
+        if mine and local_metadata.get("assign_to_params_buffers"):
+            why = "packed weights are copied into their place"
+            raise ExpertlyError("E202", "load_state_dict", why, fix="leave assign=True out")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         if fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
             why = "packed weights run on the CPU"

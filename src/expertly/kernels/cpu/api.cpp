@@ -33,7 +33,7 @@ int run_grouped(int isa, int threads, const expertly_weight *w, const float *bia
     if (counts[e] > 0)
       jobs[n++] = {w, e, first, counts[e], bias ? bias + e * w->out : 0,
                    {(char *)y.data + first * w->out * bytes, y.type}};
-  int code = kernels_of(isa)->linears({threads, jobs, n, rows, w->cols, x});
+  int code = kernels_of(isa)->linears({threads, jobs, n, rows, w->cols, x, false});
   free(jobs);
   return code;
 }
@@ -66,7 +66,8 @@ int expertly_linears(int isa, int threads, int n, const expertly_weight *const *
   Job few[8], *jobs = n <= 8 ? few : (Job *)malloc((size_t)n * sizeof(Job));
   if (!jobs) return EXPERTLY_MEMORY;
   for (int i = 0; i < n; i++) jobs[i] = {w[i], 0, 0, tokens, bias[i], {y[i], y_type}};
-  int code = kernels_of(isa)->linears({threads, jobs, n, tokens, w[0]->cols, {x, x_type}});
+  Linears call = {threads, jobs, n, tokens, w[0]->cols, {x, x_type}, true};
+  int code = kernels_of(isa)->linears(call);
   if (jobs != few) free(jobs);
   return code;
 }
@@ -94,10 +95,11 @@ int expertly_experts(int isa, int threads, const expertly_weight *gate_up,
   return kernels_of(isa)->experts(call);
 }
 
-int expertly_rms_norm(int isa, const void *x, int x_type, const void *weight, int w_type,
-                      float eps, float offset, int64_t rows, int64_t dim, void *y, int y_type) {
+int expertly_rms_norm(int isa, const expertly_norm *n) {
   if (int code = check_machine(isa, 1)) return code;
-  Norm call = {{x, x_type}, {weight, w_type}, eps, offset, rows, dim, {y, y_type}};
+  if (!n) return EXPERTLY_NULL;
+  Norm call = {{n->x, n->x_type}, {n->weight, n->w_type}, n->eps, n->offset,
+               n->once != 0,      n->rows,                n->dim, {n->y, n->y_type}};
   if (int code = check_norm(call)) return code;
   kernels_of(isa)->rms_norm(call);
   return 0;

@@ -23,6 +23,15 @@ typedef struct {
   float alpha, limit;  // of act 3
 } expertly_gate;
 
+// One struct, for it is called often and a caller from Python pays for each argument.
+typedef struct {
+  const void *x, *weight;
+  void *y;
+  int64_t rows, dim;
+  int32_t x_type, w_type, y_type, once;
+  float eps, offset;
+} expertly_norm;
+
 enum { EXPERTLY_FLOAT32 = 0, EXPERTLY_BFLOAT16 = 1 };
 
 // Why a call was refused; kernels/native.py has a sentence for each.
@@ -53,7 +62,8 @@ enum {
 // The best instruction set of this machine: 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 EXPERTLY_PUBLIC int expertly_best_isa(void);
 
-// n weights that share x (tokens, cols): y[i] (tokens, w[i]->out).
+// n weights that share x (tokens, cols): y[i] (tokens, w[i]->out). With 8 bits x is taken in two
+// int8 terms, so that the weights' own rounding is all that counts.
 EXPERTLY_PUBLIC int expertly_linears(int isa, int threads, int n, const expertly_weight *const *w,
                                      const float *const *bias, const void *x, int x_type,
                                      int64_t tokens, void *const *y, int y_type);
@@ -72,10 +82,9 @@ EXPERTLY_PUBLIC int expertly_experts(int isa, int threads, const expertly_weight
                                      const float *weights, int64_t tokens, int64_t top_k, void *y,
                                      int y_type);
 
-// x / rms(x) * (weight + offset), row by row, rounded where transformers rounds.
-EXPERTLY_PUBLIC int expertly_rms_norm(int isa, const void *x, int x_type, const void *weight,
-                                      int w_type, float eps, float offset, int64_t rows,
-                                      int64_t dim, void *y, int y_type);
+// x / rms(x) * (weight + offset), row by row. Once: rounded to y's type at the end and nowhere
+// else (Gemma); else x / rms(x) is rounded to x's type before the weight (Llama).
+EXPERTLY_PUBLIC int expertly_rms_norm(int isa, const expertly_norm *norm);
 
 #ifdef __cplusplus
 }

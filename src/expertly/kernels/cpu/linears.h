@@ -22,9 +22,15 @@ struct LinearsRun {
   bool serial;  // x is made ready before the region
 };
 
-INLINE int64_t job_rows_at_once(const Job &job) {
+// In how many terms a job's weights meet x. Rounding to 4 bits loses more than a second would keep.
+INLINE int64_t terms_of(const Linears &call, const Job &job) {
+  return call.fine && job.weight->bits == 8 ? 2 : 1;
+}
+
+INLINE int64_t job_rows_at_once(const Linears &call, const Job &job) {
   int64_t cols = job.weight->cols;
-  return rows_at_once(job.weight->bits == 16 ? floats_stride(cols) : chunks_stride(cols));
+  int64_t rows = rows_at_once(job.weight->bits == 16 ? floats_stride(cols) : chunks_stride(cols));
+  return rows / terms_of(call, job);
 }
 
 // How many pairs of blocks a thread takes at once: few where there are few.
@@ -37,7 +43,7 @@ INLINE int64_t run_of(const Linears &call) {
 static int64_t place_tasks(const Linears &call, LinearTask *tasks) {
   int64_t count = 0, items = 0;
   for (const Job *job = call.jobs; job < call.jobs + call.n; job++) {
-    int64_t step = job_rows_at_once(*job);
+    int64_t step = job_rows_at_once(call, *job);
     for (int64_t first = 0; first < job->rows; first += step, count++) {
       items += ceil_div(job->weight->rows, kWide * run_of(call));
       if (tasks) tasks[count] = {job, first, smaller(step, job->rows - first), items};
@@ -48,12 +54,15 @@ static int64_t place_tasks(const Linears &call, LinearTask *tasks) {
 
 static void place_linears(LinearsRun *run, Arena *arena) {
   const Linears &call = *run->call;
-  bool chunks = false, floats = false;
-  for (int64_t i = 0; i < call.n; i++)
+  bool chunks = false, floats = false, rests = false;
+  for (int64_t i = 0; i < call.n; i++) {
     (call.jobs[i].weight->bits == 16 ? floats : chunks) = true;
+    rests = rests || terms_of(call, call.jobs[i]) == 2;
+  }
   run->rows.x = call.x;
   run->rows.cols = call.cols;
   place_rows(&run->rows, arena, call.tokens, chunks, floats);
+  if (rests) run->rows.rests = arena->get<char>(call.tokens * run->rows.chunk_stride);
   run->tasks = arena->get<LinearTask>(place_tasks(call, 0));
   run->desks = arena->get<Desk>(call.threads);
   for (int i = 0; i < call.threads; i++) {
@@ -62,15 +71,19 @@ static void place_linears(LinearsRun *run, Arena *arena) {
   }
 }
 
-// Adds the bias and writes what counts of (rows, blocks * 16) products from output row `at` on.
-static void finish_linear(const LinearTask &task, const float *out, int64_t at, int64_t blocks) {
+// Adds terms and bias and writes what counts of (terms * rows, blocks * 16) products from output
+// row `at` on.
+static void finish_linear(const LinearTask &task, const float *out, int64_t at, int64_t blocks,
+                          int64_t terms) {
   const Job &job = *task.job;
-  int64_t width = job.weight->out;
+  int64_t width = job.weight->out, second = task.rows * blocks * kLanes;
   for (int64_t b = 0; b < blocks; b++, at += kLanes) {
     if (at >= width) return;
     F bias = job.bias ? load_first({job.bias, EXPERTLY_FLOAT32}, at, width - at) : zero();
     for (int64_t t = 0; t < task.rows; t++) {
-      F y = add(load(out + (t * blocks + b) * kLanes), bias);
+      const float *product = out + (t * blocks + b) * kLanes;
+      F y = add(load(product), bias);
+      if (terms == 2) y = add(y, load(product + second));
       store_first(job.y, (task.first + t) * width + at, y, width - at);
     }
   }
@@ -79,13 +92,17 @@ static void finish_linear(const LinearTask &task, const float *out, int64_t at, 
 static void linear_item(const LinearsRun &run, const LinearTask &task, int64_t item, Desk &desk) {
   const Job &job = *task.job;
   Matrix m = matrix_of(*job.weight, job.expert);
-  for (int64_t t = 0; t < task.rows; t++)
-    desk.x[t] = run.rows.row(m.bits, job.first + task.first + t);
+  int64_t terms = terms_of(*run.call, job), count = terms * task.rows;
+  for (int64_t t = 0; t < task.rows; t++) {
+    int64_t row = job.first + task.first + t;
+    desk.x[t] = run.rows.row(m.bits, row);
+    if (terms == 2) desk.x[task.rows + t] = run.rows.rests + row * run.rows.chunk_stride;
+  }
   int64_t end = smaller((item + 1) * run.run * 2, m.blocks);
   for (int64_t block = item * run.run * 2; block < end; block += 2) {
     int64_t blocks = smaller(2, end - block);
-    multiply(m, block, blocks, desk.x, task.rows, panel_of(m, block + 2), desk.room, desk.out);
-    finish_linear(task, desk.out, block * kLanes, blocks);
+    multiply(m, block, blocks, desk.x, count, panel_of(m, block + 2), desk.room, desk.out);
+    finish_linear(task, desk.out, block * kLanes, blocks, terms);
   }
 }
 

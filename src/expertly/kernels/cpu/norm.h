@@ -9,7 +9,7 @@ INLINE F rounded_bf16(F x) {
   return load_bf16(words);
 }
 
-// With an offset (Gemma) all is float32 until the end; else x / rms(x) is rounded to x's type.
+// Once: all is float32 until the end; else x / rms(x) is rounded to x's type before the weight.
 static void norm_row(const Norm &call, int64_t row) {
   int64_t at = row * call.dim;
   F squares = zero();
@@ -18,7 +18,7 @@ static void norm_row(const Norm &call, int64_t row) {
     squares = fma(x, x, squares);
   }
   F scale = all(1 / sqrtf(total(squares) / (float)call.dim + call.eps));
-  bool round = call.x.type == EXPERTLY_BFLOAT16 && call.offset == 0;
+  bool round = call.x.type == EXPERTLY_BFLOAT16 && !call.once;
   for (int64_t i = 0; i < call.dim; i += kLanes) {
     int64_t n = call.dim - i;
     F x = mul(load_first(call.x, at + i, n), scale);

@@ -38,14 +38,19 @@ INLINE void store_first(Output y, int64_t at, F x, int64_t n) {
   }
 }
 
+// What quantize() has lost of a chunk's two halves.
+struct Rest {
+  F a, b;
+};
+
 // 32 values to int8 with the scale absmax / 127. A NaN or an infinity makes the chunk NaN.
-INLINE void quantize(F a, F b, Chunk *to) {
+INLINE Rest quantize(F a, F b, Chunk *to) {
   float top = largest(a, b);
   if (!(top <= 3e38f)) {
     memset(to->q, 0, sizeof(to->q));
     to->scale = to->sum = NAN;
     to->start[0] = to->start[1] = 0;
-    return;
+    return {all(NAN), all(NAN)};
   }
   F inverse = all(top > 1e-30f ? 127 / top : 0);
   I low = round_int(mul(a, inverse)), high = round_int(mul(b, inverse));
@@ -56,6 +61,8 @@ INLINE void quantize(F a, F b, Chunk *to) {
   to->sum = to->scale * (float)sum;
   to->start[0] = -8 * sum;
   to->start[1] = (kBytesAre - 128) * sum;
+  F scale = all(to->scale);
+  return {sub(a, mul(to_float(low), scale)), sub(b, mul(to_float(high), scale))};
 }
 
 // x as the tiles read it: chunks for 4 and 8 bits, float32 for 16. Strides in bytes.
@@ -63,6 +70,7 @@ struct Rows {
   Input x;
   int64_t cols;
   char *chunks, *floats;
+  char *rests;  // chunks of what rounding to the others has lost; null where that is let go
   int64_t chunk_stride, float_stride;
   int64_t next;  // row to be made ready
 
@@ -78,8 +86,12 @@ INLINE int64_t floats_stride(int64_t cols) { return (cols + cols % 2) * 4; }
 static void prepare_row(const Rows &r, int64_t i) {
   if (r.chunks) {
     Chunk *to = (Chunk *)(r.chunks + i * r.chunk_stride);
-    for (int64_t k = 0; k < r.cols; k += kChunk, to++)
-      quantize(load_input(r.x, i * r.cols + k), load_input(r.x, i * r.cols + k + kLanes), to);
+    Chunk *rests = (Chunk *)(r.rests ? r.rests + i * r.chunk_stride : 0);
+    for (int64_t k = 0; k < r.cols; k += kChunk, to++) {
+      F a = load_input(r.x, i * r.cols + k), b = load_input(r.x, i * r.cols + k + kLanes);
+      Rest rest = quantize(a, b, to);
+      if (rests) quantize(rest.a, rest.b, rests++);
+    }
   }
   if (r.floats && r.floats != r.x.data) {
     Output to = {r.floats + i * r.float_stride, EXPERTLY_FLOAT32};

@@ -42,6 +42,7 @@ struct Linears {
   const Job *jobs;
   int64_t n, tokens, cols;  // x is (tokens, cols)
   Input x;
+  bool fine;  // 8-bit weights meet x in two int8 terms: all but a 30,000th of it
 };
 
 struct Experts {
@@ -59,6 +60,7 @@ struct Experts {
 struct Norm {
   Input x, weight;
   float eps, offset;
+  bool once;
   int64_t rows, dim;
   Output y;
 };
