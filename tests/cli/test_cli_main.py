@@ -174,25 +174,6 @@ def test_inspect_finds_a_flipped_bit(tiny_folder, cli, tmp_path):
     assert LINE.fullmatch(err)[1] == "E302"
 
 
-def test_generate_prints_text_or_json(tiny_folder, cli):
-    settings = ["--prompt", "the cat", "--max-new-tokens", 5, "--seed", 3]
-    code, out, err = cli("generate", tiny_folder("mixtral"), *settings)
-    assert (code, err) == (0, "")
-    assert out.startswith("the cat")
-    said = json.loads(cli("generate", tiny_folder("mixtral"), *settings, "--json")[1])
-    assert said["prompt"] + said["text"] == out[:-1]
-    assert said["prompt_tokens"] > 0
-    code, out, _ = cli("generate", tiny_folder("mixtral"), "--max-new-tokens", 3, "--top-p", 0)
-    assert code == 0
-
-
-def test_generate_without_a_tokenizer_is_one_line(tiny_model, cli, tmp_path):
-    tiny_model("mixtral").save_pretrained(tmp_path)
-    code, out, err = cli("generate", tmp_path)
-    assert (code, out) == (3, "")
-    assert LINE.fullmatch(err.splitlines(keepends=True)[-1])[1] == "E307"
-
-
 def test_doctor_prints_a_page_or_json(cli, monkeypatch):
     monkeypatch.setattr("expertly.bench.doctor._SIZE", 64)
     code, out, err = cli("doctor")

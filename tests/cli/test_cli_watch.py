@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from expertly.models.loading import save_model
+from expertly.models.loading import open_model, save_model
 from expertly.watch.records import METRICS, ROUTER, append_json
 
 
@@ -153,3 +153,14 @@ def test_what_cannot_be_watched_is_said_in_a_line(watch, run_folder, target, mor
     assert (status, out) == (3, "")
     assert err.startswith(f"expertly: error[{code}]")
     assert err.count("\n") == 1
+
+
+def test_packed_folders_are_read_on_the_cpu_where_there_is_a_gpu(
+    watch, tiny_model, tiny_tokenizer, text, tmp_path, monkeypatch
+):
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    save_model(tiny_model("mixtral", moe_intermediate_size=32), dense, tokenizer=tiny_tokenizer)
+    save_model(open_model(dense, bits=8), packed, tokenizer=tiny_tokenizer)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    code, out, err = watch(packed, "--data", text, "--reference", packed, "--tokens", 256)
+    assert code == 0 and "router" in out, err

@@ -10,6 +10,7 @@ from expertly import receipts
 from expertly.data import sources as sources_of_data
 from expertly.data.sources import expand
 from expertly.errors import ExpertlyError
+from expertly.models.loading import open_model, save_model
 from expertly.train import loop, setup
 from expertly.train.guard import Guard
 from expertly.train.setup import pick_device, prepare
@@ -206,3 +207,12 @@ def test_bf16_and_dropout_run(configure, tmp_path):
     result = loop.run(configure(tmp_path / "run", *more))
     assert result.steps == 2
     assert result.router["dead_frac"] == 0
+
+
+def test_a_packed_folder_is_not_trained(configure, tmp_path, tiny_model, tiny_tokenizer):
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    save_model(tiny_model("mixtral", moe_intermediate_size=32), dense, tokenizer=tiny_tokenizer)
+    save_model(open_model(dense, bits=8), packed, tokenizer=tiny_tokenizer)
+    with pytest.raises(ExpertlyError, match=r"E202.*packed.*open the original") as error:
+        prepare(configure(tmp_path / "run", f"model={{path: {packed}}}"), None, quiet)
+    assert str(packed) in str(error.value)

@@ -24,6 +24,10 @@ def doctor(json: Json = False) -> None:
     typer.echo(f"{'threads':14}{found.threads} of {found.cores} cores")
     for name, speed in found.speeds.items():
         typer.echo(f"{name:14}{speed:,.0f} GFLOP/s")
+    typer.echo(f"{'kernels':14}{found.kernels}")
+    typer.echo(f"{'4-bit product':14}{found.packed_speed:,.0f} GOP/s")
+    if found.read_speed:
+        typer.echo(f"{'memory, read':14}{found.read_speed:,.1f} GB/s")
     for finding in found.findings:
         typer.echo(f"! {finding}")
     if not found.findings:

@@ -37,7 +37,7 @@ def _page(found: "Inspection", verify: bool) -> str:
     if found.experts:
         experts = f"{found.experts} in each of {found.moe_layers} layers, top {found.top_k}"
         lines += [f"experts  {experts}", f"layout   {found.layout}"]
-    lines.append(f"dtype    {', '.join(found.dtypes)}")
+    lines += [f"format   {found.format}", f"dtype    {', '.join(found.dtypes)}"]
     checked = "sha256 checked" if verify else "sizes agree with its manifest"
     lines.append(f"files    {checked if found.verified else 'no manifest: contents unverified'}")
     rows = [["part", "parameters", "MiB"]]

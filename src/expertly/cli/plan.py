@@ -69,6 +69,10 @@ def _answer(model: str, asked: Mapping[str, Any], json: bool) -> None:
     from expertly.cli.plan_question import question_of
     from expertly.plan.job import plan as answer
 
+    if asked["measure"]:
+        from expertly.cli.plan_more import require_packed
+
+        require_packed(asked["bits"])
     question = question_of(model, asked)
     found = answer(question)
     if asked["plot"] is not None:

@@ -58,6 +58,13 @@ def print_fits(asked: Mapping[str, Any], given: Iterable[str], json: bool) -> No
     typer.echo(f"what fits into one {where}, one sequence of {context:,} tokens\n{table(rows)}")
 
 
+def require_packed(bits: str | None) -> None:
+    """Raises E208 for bits that weights are not packed to when they are measured."""
+    from expertly.bench.expected import packing_of
+
+    packing_of(bits)
+
+
 def measured(model: str, shape: Shape, asked: Mapping[str, Any]) -> "Measurement":
     """What this machine does with the model, beside what was predicted of it."""
     from expertly.bench.measure import measure
@@ -69,6 +76,7 @@ def measured(model: str, shape: Shape, asked: Mapping[str, Any]) -> "Measurement
         config_of(model)[1],
         shape,
         dtype=asked["dtype"],
+        bits=asked["bits"],
         memory=bytes_of(asked["memory"], "--memory") if asked["memory"] else None,
         tell=lambda line: typer.echo(line, err=True),
     )

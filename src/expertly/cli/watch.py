@@ -71,12 +71,11 @@ def _newest(run: Path, data: list[str] | None, reference: Path | None) -> Path:
 
 def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -> dict[str, Any]:
     """The report of a model folder, and how it differs from another on the same text."""
-    import torch
-
     from expertly.data.config import Source
     from expertly.data.sample import sample_rows
     from expertly.models.configs import read_config
     from expertly.models.loading import open_model
+    from expertly.models.packed_loading import choose_device
     from expertly.models.tokenizer import encode_batch, open_tokenizer
     from expertly.watch.audit import audit, drift, look
     from expertly.watch.records import finite
@@ -95,15 +94,13 @@ def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -
     )
     for each in filter(None, (folder, reference)):
         _check_vocabulary(each, max(int(ids.max()) for ids in rows.values()))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seen = look(open_model(folder, device=device), rows, say)
+    seen = look(open_model(folder, device=choose_device(folder)), rows, say)
     resolved = folder.resolve()
     report = audit(f"{resolved.parent.name}/{resolved.name}", config, seen)
     if reference is not None:
         say(f"reference {reference}")
-        report["drift"] = drift(
-            seen, look(open_model(reference, device=device), rows, say), reference.name
-        )
+        other = look(open_model(reference, device=choose_device(reference)), rows, say)
+        report["drift"] = drift(seen, other, reference.name)
     return finite(report)
 
 

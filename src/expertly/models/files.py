@@ -145,12 +145,18 @@ def check_manifest(folder: Path, *, hashes: bool) -> bool:
     return True
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, by its name; None: to none."""
+    part = _LAYER.search(name)
+    return int(part[1]) if part else None
+
+
 def check_layers(folder: Path, config: Mapping[str, Any], tensors: Sequence[TensorHeader]) -> None:
     """Raises E301 when weights are not there that config.json promises: layers, experts, routers.
 
     It goes by names, so it costs nothing; every name and shape is compared when weights load.
     """
-    found = [int(part[1]) for tensor in tensors if (part := _LAYER.search(tensor.name))]
+    found = [layer for tensor in tensors if (layer := layer_of(tensor.name)) is not None]
     said = num_layers(config)
     if found and said > max(found) + 1:
         why = f"config.json says {said} layers, the weights hold {max(found) + 1}"

@@ -8,8 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -18,17 +16,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.utils import logging as transformers_logging
 
 from expertly.errors import ExpertlyError, nearest
 from expertly.families import FAMILIES
 from expertly.folders import read_json, write_json
-from expertly.memory import is_out_of_memory
 from expertly.models.attach import Attachment, attached
 from expertly.models.build import auto_class
+from expertly.models.checks import check_finite, check_loaded, opening, quiet
 from expertly.models.configs import read_config
-from expertly.models.experts import register_experts
+from expertly.models.experts import EXPERTS, register_experts
 from expertly.models.files import check_layers, check_manifest, read_headers
+from expertly.models.lean import make_lean
+from expertly.models.packed_loading import (
+    chosen_precision,
+    finish_packing,
+    load_packed,
+    packed_schemes,
+)
+from expertly.models.packed_saving import save_packed
+from expertly.models.packing import is_packed
 from expertly.models.policies import (
     attach_saved,
     read_policy,
@@ -39,23 +45,7 @@ from expertly.models.policies import (
 
 _log = logging.getLogger(__name__)
 
-# what transformers raises for a folder that is not as it expects; its own bugs among them
-_BAD_FOLDER = (
-    StrictDataclassError,
-    SafetensorError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    OSError,
-)
-
 _SMALL = 2**20  # parameters that cost nothing, needed or not
-_MAY_OVERFLOW = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # what the floors above, which don't import transformers, call its types
 Model = PreTrainedModel
@@ -69,17 +59,30 @@ def open_model(
     experts_implementation: str | None = None,
     device: str = "cpu",
     verify: bool = False,
+    bits: int | None = None,
+    group_size: int | None = None,
 ) -> PreTrainedModel:
     """Open a model folder, with the routing policy that was saved with it attached.
 
     Experts run on our function unless another of transformers' implementations is named. verify:
-    check every sha256 of its manifest first, where it has one. Raises E305 when it is no model
-    folder, E306 for an encoder-decoder, E310 for pickled weights, E301 and E302 for damaged files.
+    check every sha256 of its manifest first, where it has one. bits: pack the weights while they
+    load, 4, 8 or 16, in groups of 32 (if not said), 64 or 128; a packed folder opens packed
+    without. device: "cpu", or "cuda" where nothing is packed. Raises E305
+    when it is no model folder, E306 for an encoder-decoder or experts that cannot be packed, E310
+    for pickled weights, E301 and E302 for damaged files, E202 for options that do not fit.
     """
     model = load_weights(
-        Path(path), dtype=dtype, experts_implementation=experts_implementation, verify=verify
+        Path(path),
+        dtype=dtype,
+        experts_implementation=experts_implementation,
+        verify=verify,
+        bits=bits,
+        group_size=group_size,
+        device=device,
     )
     model.to(torch.device(device))  # type: ignore[arg-type]
+    if is_packed(model):
+        make_lean(model.eval())
     saved = read_policy(Path(path))
     if saved is not None:
         attach_saved(model, saved)
@@ -92,34 +95,56 @@ def load_weights(
     dtype: torch.dtype | str = "auto",
     experts_implementation: str | None = None,
     verify: bool = False,
+    bits: int | None = None,
+    group_size: int | None = None,
+    device: str = "cpu",
 ) -> PreTrainedModel:
-    """The bare transformers model of a folder; a missing tensor is an error, never random.
+    """The bare transformers model of a folder, on the CPU; a missing tensor is an error, never
+    random.
 
-    Takes and raises what open_model does.
+    Takes and raises what open_model does. device: where it is to go; packed weights stay.
     """
+    kind = _device_type(device)
+    schemes = packed_schemes(folder)
+    precision = chosen_precision(folder, bits, group_size, schemes)
     config = open_config(folder)
     verified = _check_files(folder, config, hashes=verify)
-    kind = {}
+    packs = precision is not None or bool(schemes)
+    if packs:
+        _require_ours(experts_implementation, kind)
+    options: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True}  # told by name
     if config.model_type in FAMILIES:
-        kind["experts_implementation"] = _experts(experts_implementation)
-    with _opening(folder), _quiet():
-        opened: Any = auto_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, and by name
-            **kind,
-        )
-    model, info = opened
-    _check_loaded(folder, info)
+        options["experts_implementation"] = _experts(experts_implementation)
+    with opening(folder), quiet():
+        if packs:
+            made = skeleton(folder, config)
+            model, info = load_packed(
+                folder, type(made), made.config, precision, schemes, **options
+            )
+        else:
+            model, info = _load_stock(folder, config, **options)
+    check_loaded(folder, info)
+    if packs:
+        finish_packing(model)
     if not verified:
         _log.warning("%s: no manifest, contents unverified", folder)
-    _check_finite(folder, model)  # in any case: a save may have written them, hashes and all
+    check_finite(folder, model)  # in any case: a save may have written them, hashes and all
     return model
+
+
+def _load_stock(
+    folder: Path, config: PretrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    opened: Any = auto_class(config).from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    return opened
 
 
 def check_model(folder: Path, *, verify: bool) -> bool:
@@ -130,7 +155,7 @@ def check_model(folder: Path, *, verify: bool) -> bool:
 def class_config(folder: Path) -> PretrainedConfig:
     """The folder's config, without running any code it brings. Raises E305, E301."""
     _refuse_code(folder, read_config(folder))
-    with _opening(folder), _quiet():
+    with opening(folder), quiet():
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -153,7 +178,7 @@ def as_folder(config: Mapping[str, Any]) -> Iterator[Path]:
 
 def skeleton(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
     """The folder's model without its weights, on the meta device. Raises E305."""
-    with _opening(folder), _quiet(), torch.device("meta"):
+    with opening(folder), quiet(), torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=False)
 
 
@@ -169,8 +194,10 @@ def save_model(
 
     An attached policy goes into config.json where its keys can say it, and beside the weights
     where they can't: then a stock loader computes another function. attachment None, or one that
-    only looks: the one at work on the model, if any. Raises E204, before it writes anything, for
-    a policy that stock keys can't say, unless allow_non_stock.
+    only looks: the one at work on the model, if any. Packed weights of 4 and 8 bits are written as
+    compressed-tensors' pack-quantized, of 16 bits as any others, and take the place of a model that
+    the folder held. Raises, before it writes anything, E204 for a policy that stock keys can't say,
+    unless allow_non_stock; E306 for packed weights that the format can't say.
     """
     if attachment is None or attachment.policy is None:
         attachment = attached(model)
@@ -178,37 +205,18 @@ def save_model(
     config = model.config.to_dict()
     if policy is not None:
         require_sayable(config, policy, allow_non_stock=allow_non_stock)
-    with _quiet():
-        model.save_pretrained(folder)
+    keys = {} if policy is None else stock_form(config, policy)
+    with quiet():
+        if is_packed(model):
+            save_packed(model, folder, keys or {})
+        else:
+            model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if attachment is None or policy is None:
-        return
-    keys = stock_form(config, policy)
-    if keys is None:
+    if attachment is not None and keys is None:
         write_policy(folder, attachment)
-    else:
+    if keys:
         write_json(folder / "config.json", {**read_json(folder / "config.json"), **keys})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which end up in the middle of our own, and reports.
-
-    What a report says about missing tensors becomes an error of ours, in one line.
-    """
-    shown, level = (
-        transformers_logging.is_progress_bar_enabled(),
-        transformers_logging.get_verbosity(),
-    )
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
@@ -246,32 +254,6 @@ def _check_count(folder: Path, config: PretrainedConfig, there: int) -> None:
         raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
 
 
-def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
-    """Raises E301 when weights and config.json are not of the same model."""
-    wrong = {
-        "are missing": info["missing_keys"],
-        "have another shape than config.json says": info["mismatched_keys"],
-        "have no place in the model of config.json": info["unexpected_keys"],
-    }
-    for what, keys in wrong.items():
-        if keys:
-            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-            why = f"tensors {what}: {len(names)}, first {names[0]}"
-            raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
-
-
-def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Raises E301 for NaN or infinity in the weights."""
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype not in _MAY_OVERFLOW or tensor.numel() == 0:
-            continue
-        # one pass without a temporary; a NaN comes through it
-        if not all(end.isfinite() for end in tensor.aminmax()):
-            count = int((~tensor.isfinite()).sum())
-            why = f"{count} of {tensor.numel()} numbers in {name} are NaN or infinite"
-            raise ExpertlyError("E301", str(folder), why, fix="copy the folder again")
-
-
 def _experts(name: str | None) -> str:
     """A name that transformers knows for its experts_implementation; E202 for any other."""
     known = {register_experts(), "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()}
@@ -281,14 +263,21 @@ def _experts(name: str | None) -> str:
     return name or register_experts()
 
 
-@contextmanager
-def _opening(folder: Path) -> Iterator[None]:
-    """Turns what transformers raises for a bad folder into E305, in one line."""
+def _device_type(device: str) -> str:
+    """cpu, cuda, ..; E202 for a name that torch does not know."""
     try:
-        yield
-    except _BAD_FOLDER as error:
-        if is_out_of_memory(error):  # that is the machine's doing, no config.json helps
-            raise
-        said = " ".join(f"({type(error).__name__}: {error}".split())[:220]
-        why = f"transformers cannot open it {said})"
-        raise ExpertlyError("E305", str(folder), why, fix="correct config.json") from error
+        return torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        why = f"torch knows no {device!r:.40}"
+        raise ExpertlyError("E202", "device", why, fix="write cpu or cuda") from error
+
+
+def _require_ours(experts_implementation: str | None, device: str) -> None:
+    """Raises E202 for options that packed weights rule out."""
+    if experts_implementation not in (None, EXPERTS):
+        why = f"{experts_implementation!r} cannot run packed weights"
+        fix = f"leave it out, or write {EXPERTS}"
+        raise ExpertlyError("E202", "experts_implementation", why, fix=fix)
+    if device != "cpu":
+        why = f"packed weights run on the CPU, not on {device!r}"
+        raise ExpertlyError("E202", "device", why, fix="leave it out, or open without bits")

@@ -22,6 +22,7 @@ from expertly.models.build import ModelShape, build_model, model_config, twin_co
 from expertly.models.experts import add_expert_dropout
 from expertly.models.layers import own_policy
 from expertly.models.loading import Model, Tokenizer, check_model, load_weights, open_config
+from expertly.models.packed_loading import is_packed_folder
 from expertly.models.policies import SavedPolicy, fill_bias, read_policy, require_sayable
 from expertly.models.tokenizer import (
     encode_batch,
@@ -70,6 +71,9 @@ class Job(NamedTuple):
 def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     """Build model, data and optimizer, from a checkpoint's folder when one is given."""
     folder = checkpoint or (Path(config.model.path) if config.model.path else None)
+    if folder is not None and is_packed_folder(folder):
+        why = "its weights are packed, and packed weights are not trained"
+        raise ExpertlyError("E202", str(folder), why, fix="open the original")
     raw = (open_config(folder) if folder else _config(config.model, {})).to_dict()
     saved = read_policy(folder) if folder else None
     policy = policy_of(raw, config.router, saved) if _routes(raw) else None
