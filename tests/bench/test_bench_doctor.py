@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertly.bench import doctor
+from expertly.bench import doctor, kernels
 from expertly.bench.doctor import examine, findings, matmul_speed
 
 
@@ -35,6 +35,7 @@ def test_threads_that_share_a_core_are_found():
 
 def test_an_examination_measures_this_machine(monkeypatch):
     monkeypatch.setattr(doctor, "_SIZE", 64)
+    monkeypatch.setattr(kernels, "_READ", 2**20)
     found = examine()
     assert found.speeds.keys() >= {"float32", "bfloat16"}
     assert all(speed > 0 for speed in found.speeds.values())

@@ -9,9 +9,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from expertly.bench import doctor, machine, measure, measured, random_model, steps
+from expertly.bench import doctor, expected, machine, measure, measured, random_model, steps
+from expertly.bench.expected import expect
 from expertly.bench.machine import Machine, better, free_memory, read_bandwidth, resident_memory
 from expertly.bench.measured import blame, busy, error, tables
+from expertly.bench.predicted import as_device
 from expertly.bench.random_model import tiny_model
 from expertly.bench.steps import REST, parted, time_parts, time_steps, typical
 from expertly.errors import ExpertlyError
@@ -108,11 +110,12 @@ def test_predictions_are_the_plans_own_for_the_measured_machine(raw, measured_he
     config = raw("mixtral")
     found = measured_here(config, dtype="fp32", prompt=8, new=4)
     shape = read_shape(config, "a model")
-    formats, device = precision(shape, "fp32"), measure.as_device(found.machine)
+    formats, device = precision(shape, "fp32"), as_device(found.machine)
     for run in found.runs:
+        one, whole = run.decode.overhead, run.prefill.overhead
         for phase, step in (
-            (run.decode, decode(shape, formats, device, context=10, overhead=run.decode.overhead)),
-            (run.prefill, prefill(shape, formats, device, tokens=8, overhead=run.prefill.overhead)),
+            (run.decode, decode(shape, formats, device, context=10, kv_bits=32, overhead=one)),
+            (run.prefill, prefill(shape, formats, device, tokens=8, kv_bits=32, overhead=whole)),
         ):
             assert phase.predicted == pytest.approx(step.tokens_per_second)
             assert sum(part.predicted for part in phase.parts) == pytest.approx(step.seconds)
@@ -161,14 +164,18 @@ def test_what_cannot_be_measured_is_one_line(raw, measured_here, options, code, 
     ],
 )
 def test_the_dtype_is_the_configs_or_bf16(config, dtype):
-    assert measure._said_dtype(config) == dtype
+    assert expected.said_dtype(config) == dtype
 
 
 def test_a_prompt_is_no_longer_than_the_model_was_made_for(raw):
     shape = read_shape(raw("olmoe", max_position_embeddings=64), "a model")
-    assert measure._expected(shape, "bf16", 100, 10, 1e9).prompt == 64 - 10 - steps.WARM_UP
-    assert measure._expected(shape, "bf16", 20, 10, 1e9).prompt == 20
-    assert measure._expected(shape, "float32", 20, 100, 1e9).prompt == 1
+
+    def prompt(dtype, asked, new):
+        return expect(shape, {}, dtype=dtype, prompt=asked, new=new, free=1e9).prompt
+
+    assert prompt("bf16", 100, 10) == 64 - 10 - steps.WARM_UP
+    assert prompt("bf16", 20, 10) == 20
+    assert prompt("float32", 20, 100) == 1
 
 
 # --- Random weights ----------------------------------------------------------------------------
@@ -365,6 +372,7 @@ def _phase(*gaps, best=2.0, median=1.0):
         roofline=5.0,
         overhead=0.001,
         parts=tuple(parts),
+        rates={},
     )
 
 

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from expertly.bench.kernels import (
+    instruction_set,
+    kernel_findings,
+    kernels_name,
+    packed_speed,
+    read_speed,
+)
 from expertly.receipts import versions
 
 _SIZE = 1024  # a square matrix of this many rows is compute-bound and takes milliseconds
@@ -13,18 +20,25 @@ _SIZE = 1024  # a square matrix of this many rows is compute-bound and takes mil
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What was found; speeds in GFLOP/s of a square matrix product."""
+    """What was found; speeds in GFLOP/s of a square matrix product.
+
+    kernels: the instruction set of the packed kernels; packed_speed: GOP/s of a product with 4-bit
+    weights, with torch's operations where they are not built; read_speed: GB/s from memory.
+    """
 
     versions: dict[str, str]
     device: str
     threads: int
     cores: int
     speeds: dict[str, float]
+    kernels: str
+    packed_speed: float
+    read_speed: float | None
     findings: tuple[str, ...]
 
 
 def examine() -> Examination:
-    """Measure matrix products in float32 and bfloat16, a second in all."""
+    """Measure matrix products in float32, bfloat16 and with packed weights, a second in all."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = (
         torch.cuda.get_device_name()
@@ -37,14 +51,17 @@ def examine() -> Examination:
     }
     if device == "cpu":
         speeds["one thread"] = _single_thread_speed()
-    threads, cores = torch.get_num_threads(), _cores()
+    threads, cores, isa = torch.get_num_threads(), _cores(), instruction_set()
     return Examination(
         versions=versions("torch", "transformers", "safetensors", "tokenizers", "datasets"),
         device=f"{device} ({name})",
         threads=threads,
         cores=cores,
         speeds=speeds,
-        findings=tuple(findings(device, threads, cores, speeds)),
+        kernels=kernels_name(isa),
+        packed_speed=packed_speed(),
+        read_speed=read_speed(),
+        findings=(*findings(device, threads, cores, speeds), *kernel_findings(isa)),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from expertly.bench.doctor import matmul_speed
+from expertly.kernels.native_read import read_words
 
 # formats that a model can be run in here, and torch's names for them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,9 +50,10 @@ def better(one: Machine, other: Machine) -> Machine:
 
 
 def read_bandwidth() -> float:
-    """Bytes/s at which torch's threads read memory that is in no cache.
+    """Bytes/s at which this process's threads read memory that is in no cache.
 
-    The best round of several kinds of reading: none is slower than the memory for the same reason.
+    The best round of several kinds of reading, torch's and that of our kernels where they are
+    built: none is slower than the memory for the same reason.
     """
     words = torch.ones(_WORKING_SET // 4)  # every page touched
     square = words.view(-1, 4096)
@@ -62,8 +64,15 @@ def read_bandwidth() -> float:
         bits.amax,
         lambda: torch.mv(square, row),
         lambda: torch.mv(halves, half_row),
+        lambda: read(words),
     )
     return _WORKING_SET / min(best_time(read, _ROUNDS) for read in reads)
+
+
+def read(words: torch.Tensor) -> None:
+    """Read all of a tensor, with our kernels' threads where they are built."""
+    if read_words(words) is None:
+        words.sum()
 
 
 def best_time(work: Callable[[], object], rounds: int) -> float:

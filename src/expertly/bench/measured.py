@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
+from expertly.bench.expected import BATCH
 from expertly.bench.machine import Machine
 from expertly.memory import size
 
@@ -41,15 +42,26 @@ class Phase:
     roofline: float  # without any overhead
     overhead: float
     parts: tuple[Part, ...]
+    rates: dict[str, float]  # FLOP/s of packed kernels at its tokens, by format and part
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The model with one of transformers' experts implementations; None: it has no experts."""
+    """The model with one of transformers' experts implementations; None: it has no experts.
+
+    batched: decode of several sequences, of packed weights.
+    """
 
     experts: str | None
     decode: Phase
     prefill: Phase
+    batched: Phase | None = None
+
+    @property
+    def phases(self) -> list[tuple[str, Phase]]:
+        """Those that were measured, with names for people."""
+        batched = [(f"decode of {BATCH}", self.batched)] if self.batched else []
+        return [("decode", self.decode), *batched, ("prefill", self.prefill)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +80,8 @@ class Measurement:
     name: str
     opened: bool  # from its folder; else its weights are random
     dtype: str
+    bits: int | None  # that its weights were packed to, and
+    group_size: int | None  # in what groups; 0 at 16 bits
     layers: int  # its first ones, that were measured, of whole_layers
     whole_layers: int
     prompt: int
@@ -93,9 +107,9 @@ def error(predicted: float, measured: float) -> float:
 def tables(found: Measurement) -> list[Table]:
     """A measurement for people: the machine, figures beside predictions, and where the gap is."""
     gaps = (
-        Table(_title(run, phase), _gap_rows(getattr(run, phase)))
+        Table(f"Where a step of {name} goes{_on(run)}", _gap_rows(phase))
         for run in found.runs
-        for phase in ("decode", "prefill")
+        for name, phase in run.phases
     )
     return [
         Table("This machine", _machine_rows(found)),
@@ -116,11 +130,9 @@ def blame(phase: Phase) -> str:
 def _what(found: Measurement) -> str:
     weights = "" if found.opened else ", random weights"
     cut = "" if found.layers == found.whole_layers else f" of {found.whole_layers}"
-    return f"{found.name} in {found.dtype}, {found.layers}{cut} layers{weights}"
-
-
-def _title(run: Run, phase: str) -> str:
-    return f"Where a step of {phase} goes{_on(run)}"
+    groups = f" in groups of {found.group_size}" if found.group_size else ""
+    packed = f", packed to {found.bits} bits{groups}" if found.bits else ""
+    return f"{found.name} in {found.dtype}{packed}, {found.layers}{cut} layers{weights}"
 
 
 def _on(run: Run) -> str:
@@ -137,10 +149,15 @@ def _machine_rows(found: Measurement) -> list[list[str]]:
         ["memory, free", size(machine.free)],
     ]
     for run in found.runs:
-        for phase in ("decode", "prefill"):
-            overhead = getattr(run, phase).overhead
-            rows.append([f"overhead of a layer, {phase}{_on(run)}", f"{overhead * 1e3:.2f} ms"])
+        for name, phase in run.phases:
+            overhead = f"{phase.overhead * 1e3:.2f} ms"
+            rows.append([f"overhead of a layer, {name}{_on(run)}", overhead])
+            rows += [[f"{key}, {name}", _rate(rate)] for key, rate in phase.rates.items()]
     return rows
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e9:,.0f} GOP/s"
 
 
 def _figure_rows(found: Measurement) -> list[list[str]]:
@@ -154,8 +171,7 @@ def _figure_rows(found: Measurement) -> list[list[str]]:
 
 
 def _speed_rows(run: Run) -> Iterator[list[str]]:
-    for name in ("decode", "prefill"):
-        phase: Phase = getattr(run, name)
+    for name, phase in run.phases:
         speeds = [f"{speed:,.1f}" for speed in (phase.predicted, phase.best, phase.median)]
         yield [
             f"{name}, tokens/s{_on(run)}",

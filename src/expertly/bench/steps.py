@@ -20,6 +20,8 @@ _PREFILLS = 4
 WARM_UP = 3  # steps before those that count
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
 
+Clock = Callable[[], float]  # seconds since whenever
+
 
 class Times(NamedTuple):
     """Seconds of each prefill and of each decode step."""
@@ -36,28 +38,37 @@ class Where(NamedTuple):
 
 
 @torch.inference_mode()
-def time_steps(model: Model, *, prompt: int, new: int) -> Times:
+def time_steps(
+    model: Model, *, prompt: int, new: int, batch: int = 1, clock: Clock | None = None
+) -> Times:
     """Prefills of `prompt` random tokens, and `new` decode steps after the last, with a KV cache.
 
-    One sequence. Tokens are random in decode too, so that no expert is asked again and again.
+    batch: sequences; prefills are timed of one alone. Tokens are random in decode too, so that no
+    expert is asked again and again. clock: seconds, in place of the usual one's.
     """
-    ids = _random_ids(model, prompt + new + WARM_UP)
-    _steps(model, ids[:, : prompt + WARM_UP], prompt)  # kernels are made at the first call
-    prefills = [_timed(partial(_prefill, model, ids[:, :prompt]))[0] for _ in range(_PREFILLS)]
-    return Times(prefills, _steps(model, ids, prompt)[WARM_UP:])
+    clock = clock or time.perf_counter
+    ids = _random_ids(model, prompt + new + WARM_UP, batch)
+    if batch > 1:
+        return Times([], _steps(model, ids, prompt, clock)[WARM_UP:])
+    _steps(model, ids[:, : prompt + WARM_UP], prompt, clock)  # kernels are made at the first call
+    work = partial(_prefill, model, ids[:, :prompt])
+    prefills = [_timed(work, clock)[0] for _ in range(_PREFILLS)]
+    return Times(prefills, _steps(model, ids, prompt, clock)[WARM_UP:])
 
 
 @torch.inference_mode()
-def time_parts(model: Model, *, prompt: int, new: int) -> Where:
+def time_parts(
+    model: Model, *, prompt: int, new: int, batch: int = 1, clock: Clock | None = None
+) -> Where:
     """As time_steps, with a clock at the door of every part; the parts and REST fill the step."""
-    ids = _random_ids(model, prompt + new)
-    with _clocks(model) as clocks:
-        prefills = [
-            _split(clocks, partial(_prefill, model, ids[:, :prompt])) for _ in range(_PREFILLS)
-        ]
+    clock = clock or time.perf_counter
+    ids = _random_ids(model, prompt + new, batch)
+    with _clocks(model, clock) as clocks:
+        work = partial(_prefill, model, ids[:, :prompt])
+        prefills = [_split(clocks, work, clock) for _ in range(_PREFILLS if batch == 1 else 1)]
         cache = _prefill(model, ids[:, :prompt]).past_key_values
         steps = [
-            _split(clocks, partial(_decode, model, token, cache))
+            _split(clocks, partial(_decode, model, token, cache), clock)
             for token in ids[:, prompt:].split(1, dim=1)
         ]
     return Where(typical(prefills), typical(steps))
@@ -95,7 +106,7 @@ def _parted(name: str, module: nn.Module, known: Mapping[int, str]) -> Iterator[
 
 def _part(name: str, module: nn.Module) -> str | None:
     """The part that all of a module belongs to; norms inside an attention are the attention's."""
-    parts = {part_of(f"{name}.{inner}") for inner, _ in module.named_parameters()}
+    parts = {part_of(f"{name}.{inner}") for inner in module.state_dict()}  # packed weights, too
     if len(parts) == 1:
         return parts.pop()
     own = part_of(f"{name}.weight")
@@ -103,17 +114,17 @@ def _part(name: str, module: nn.Module) -> str | None:
 
 
 @contextmanager
-def _clocks(model: Model) -> Iterator[dict[str, float]]:
+def _clocks(model: Model, clock: Clock) -> Iterator[dict[str, float]]:
     """Seconds by part, counted up while the model runs."""
     seconds: dict[str, float] = {part: 0.0 for part, _ in parted(model)}
     started: dict[int, float] = {}
 
     def start(module: nn.Module, args: tuple) -> None:
-        started[id(module)] = time.perf_counter()
+        started[id(module)] = clock()
 
     def stop(part: str) -> Callable[[nn.Module, tuple, object], None]:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
-            seconds[part] += time.perf_counter() - started[id(module)]
+            seconds[part] += clock() - started[id(module)]
 
         return hook
 
@@ -128,24 +139,24 @@ def _clocks(model: Model) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
-def _split(clocks: dict[str, float], work: Callable[[], object]) -> dict[str, float]:
+def _split(clocks: dict[str, float], work: Callable[[], object], clock: Clock) -> dict[str, float]:
     """Seconds by part of one piece of work, and what is left of it."""
     clocks.update(dict.fromkeys(clocks, 0.0))
-    seconds, _ = _timed(work)
+    seconds, _ = _timed(work, clock)
     return {**clocks, REST: seconds - sum(clocks.values())}
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+def _timed(work: Callable[[], Any], clock: Clock) -> tuple[float, Any]:
+    started = clock()
     answer = work()
-    return time.perf_counter() - started, answer
+    return clock() - started, answer
 
 
-def _steps(model: Model, ids: Tensor, prompt: int) -> list[float]:
+def _steps(model: Model, ids: Tensor, prompt: int, clock: Clock) -> list[float]:
     """Seconds of each decode step, one per token after the prompt."""
     cache = _prefill(model, ids[:, :prompt]).past_key_values
     tokens = ids[:, prompt:].split(1, dim=1)
-    return [_timed(partial(_decode, model, token, cache))[0] for token in tokens]
+    return [_timed(partial(_decode, model, token, cache), clock)[0] for token in tokens]
 
 
 def _prefill(model: Model, ids: Tensor) -> Any:
@@ -155,9 +166,10 @@ def _prefill(model: Model, ids: Tensor) -> Any:
 
 def _decode(model: Model, token: Tensor, cache: Any) -> int:
     out = model(input_ids=token, past_key_values=cache, use_cache=True)
-    return int(out.logits[0, -1].argmax())  # reading it waits for the step's end
+    return int(out.logits[0, -1].float().argmax())  # reading it waits for the step's end
 
 
-def _random_ids(model: Model, count: int) -> Tensor:
+def _random_ids(model: Model, count: int, batch: int) -> Tensor:
     table: Any = model.get_input_embeddings()
-    return torch.randint(len(table.weight), (1, count), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(len(table.weight), (batch, count), generator=generator)

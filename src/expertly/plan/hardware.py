@@ -42,7 +42,7 @@ class Figures:
     name: str = ""  # the key in the file
     memory: float  # bytes
     bandwidth: float  # bytes per second, of its memory
-    flops: dict[str, float]  # per second; fp32, bf16, and fp8 if it has units for that
+    flops: dict[str, float]  # per second; fp32, bf16, and fp8 if it has units; see flops_at
     watts: float | None = None
     usd_per_hour: float | None = None  # None: nobody rents it out
     kernel: float = 2e-6  # seconds to launch one
@@ -127,15 +127,15 @@ def between(device: Device, gpus: int) -> Link:
     return device.link if gpus <= MACHINE else device.network
 
 
-def flops_at(device: Device, format_name: str) -> float:
+def flops_at(device: Device, format_name: str, part: str = "") -> float:
     """FLOP/s of a device with weights of that format.
 
-    fp8 has its own units where there are any. Integers and fewer bits only make weights smaller
-    and are computed with in bf16; so are all of fp16, which is as fast.
+    A device may have a rate for just that part of a model ("int4g32 experts"), or for the format.
+    fp8 has its own units where there are any. Else integers and fewer bits only make weights
+    smaller and are computed with in bf16; so are all of fp16, which is as fast.
     """
-    if format_name in ("fp32", "fp8"):
-        return device.flops.get(format_name, device.flops["bf16"])
-    return device.flops["bf16"]
+    rates = device.flops
+    return rates.get(f"{format_name} {part}") or rates.get(format_name) or rates["bf16"]
 
 
 def _joined(name: str, entry: _Entry, known: Mapping[str, Link]) -> Device:

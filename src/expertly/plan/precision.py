@@ -75,6 +75,13 @@ def format_of(name: str) -> Format | None:
     return found or (_in_bits(known[3:]) if known.startswith("int") else None)
 
 
+def symmetric(bits: int, group: int) -> Format:
+    """Integers in groups with a scale and no zero, as the packed kernels read them; 16: bf16."""
+    if bits == 16:
+        return FORMATS["bf16"]
+    return Format(f"int{bits}g{group}", bits, _SCALE / group)
+
+
 def name_of(precision: Precision, shape: Shape | None = None) -> str:
     """A short name for tables: "bf16", "int4 (attention bf16)". shape: name only its parts."""
     there = parameters(shape) if shape else PARTS

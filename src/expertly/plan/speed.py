@@ -82,7 +82,7 @@ def decode(
         many * (each.absorbed or each.pair) * _seen(context, each.window) for each, many in seen
     )
     cache = kv_cache(decoder, context, kv_bits, batch=batch, gpus=gpus)
-    work["kv cache"] = _Work(cache, 2.0 * batch * pairs, flops_at(device, "bf16"))
+    work["kv cache"] = _Work(cache, 2.0 * batch * pairs, flops_at(device, "bf16", "kv cache"))
     step = _step(decoder, work, device, gpus, batch)
     return _with_costs(step, decoder, device, gpus=gpus, overhead=overhead)
 
@@ -112,7 +112,7 @@ def prefill(
         for each, many in ((layer.attention, many) for layer, many in source.kinds.items())
     )
     written = 0.0 if shape.encoder else kv_cache(source, tokens, kv_bits, gpus=gpus)
-    work["kv cache"] = _Work(written, 2.0 * tokens * pairs, flops_at(device, "bf16"))
+    work["kv cache"] = _Work(written, 2.0 * tokens * pairs, flops_at(device, "bf16", "kv cache"))
     step = _step(source, work, device, gpus, tokens)
     return _with_costs(step, source, device, gpus=gpus, overhead=overhead)
 
@@ -207,7 +207,7 @@ def _weights(
     flops.update(embeddings=0.0, norms=0.0, head=0.0)
     flops["embeddings" if shape.tied else "head"] = 2.0 * heads * shape.vocab * shape.dim
     return {
-        part: _Work(held.touched, flops[part], flops_at(device, precision[part].name))
+        part: _Work(held.touched, flops[part], flops_at(device, precision[part].name, part))
         for part, held in weights(shape, precision, tokens).items()
     }
 
