@@ -17,7 +17,7 @@ from expertly.bench.predicted import as_device
 from expertly.bench.random_model import tiny_model
 from expertly.bench.steps import REST, parted, time_parts, time_steps, typical
 from expertly.errors import ExpertlyError
-from expertly.models.build import build_model, model_config
+from expertly.models.build import build_model
 from expertly.plan.precision import precision, weights
 from expertly.plan.reading import read_shape
 from expertly.plan.shape import total
@@ -31,20 +31,6 @@ def small(monkeypatch):
     """Seconds, not minutes."""
     monkeypatch.setattr(machine, "_WORKING_SET", 2**22)
     monkeypatch.setattr(doctor, "_SIZE", 64)
-
-
-@pytest.fixture
-def raw(tiny_sizes):
-    """raw(family, **sizes) -> a config.json as a dict."""
-
-    def make(family, **sizes):
-        given = tiny_sizes(family, **sizes)
-        if family == "qwen3":  # dense
-            given = {key: value for key, value in given.items() if "expert" not in key}
-            given = {key: value for key, value in given.items() if key[:4] != "moe_"}
-        return json.loads(model_config(family, given).to_json_string(use_diff=False))
-
-    return make
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from expertly.bench.steps import REST, parted, time_steps
 from expertly.bench.sweep import Sweep, swept
 from expertly.errors import ExpertlyError
 from expertly.kernels.packed_linear import PackedModule
-from expertly.models.build import model_config
 from expertly.models.packing import Precision, experts_modules, is_packed
 from expertly.plan.hardware import device_of, flops_at
 from expertly.plan.precision import symmetric
@@ -39,17 +38,9 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def raw(tiny_sizes):
+def raw(raw):
     """raw(family, **sizes) -> a config.json as a dict, of widths that groups divide."""
-
-    def make(family, **sizes):
-        given = tiny_sizes(family, **{**SIZES, **sizes})
-        if family == "qwen3":  # dense
-            given = {key: value for key, value in given.items() if "expert" not in key}
-            given = {key: value for key, value in given.items() if key[:4] != "moe_"}
-        return json.loads(model_config(family, given).to_json_string(use_diff=False))
-
-    return make
+    return lambda family, **sizes: raw(family, **{**SIZES, **sizes})
 
 
 @pytest.fixture

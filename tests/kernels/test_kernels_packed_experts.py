@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_errors import error, tolerance
 from transformers import (
     AriaTextConfig,
     GptOssConfig,
@@ -21,7 +22,6 @@ from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter im
 )
 
 import expertly.kernels.packed_experts as module
-import expertly.kernels.packed_linear as linear_module
 from expertly.errors import ExpertlyError
 from expertly.kernels.experts import experts_forward
 from expertly.kernels.packed import dequantize
@@ -63,26 +63,6 @@ KINDS = {
     ),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(params=["native", "torch"])
-def path(request, monkeypatch):
-    """Run on the native kernels, and without them."""
-    if request.param == "torch":
-        monkeypatch.setattr(linear_module, "library", lambda: None)
-    elif linear_module.library() is None:
-        pytest.skip("no native kernels here")
-    return request.param
-
-
-def tolerance(path, bits):
-    """Int8 activations in groups of 32 cost up to 1.3e-2; nothing else does."""
-    return 1.3e-2 if path == "native" and bits < 16 else 1e-5
-
-
-def error(out, exact):
-    out, exact = out.detach().double(), exact.detach().double()
-    return float((out - exact).norm() / exact.norm())
 
 
 def make(kind, **options):

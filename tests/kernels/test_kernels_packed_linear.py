@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_errors import error, tolerance
 
 from expertly.errors import ExpertlyError
 from expertly.kernels import packed_linear as module
@@ -19,26 +20,6 @@ from expertly.kernels.quantize import quantize
 
 BITS = (4, 8, 16)
 each_bits = pytest.mark.parametrize("bits", BITS)
-
-
-@pytest.fixture(params=["native", "torch"])
-def path(request, monkeypatch):
-    """Run on the native kernels, and without them."""
-    if request.param == "torch":
-        monkeypatch.setattr(module, "library", lambda: None)
-    elif module.library() is None:
-        pytest.skip("no native kernels here")
-    return request.param
-
-
-def tolerance(path, bits):
-    """Int8 activations in groups of 32 cost up to 1.3e-2; nothing else does."""
-    return 1.3e-2 if path == "native" and bits < 16 else 1e-5
-
-
-def error(out, exact):
-    out, exact = out.detach().double(), exact.detach().double()
-    return float((out - exact).norm() / exact.norm())
 
 
 def packed_matrix(bits, out=40, width=96, **form):
