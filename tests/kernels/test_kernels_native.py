@@ -282,6 +282,6 @@ def test_rms_norm_rounds_as_transformers_does(kernels, x_type, w_type, dim):
 
 def test_a_copied_weight_has_its_own_address():
     weight = random_packed(16, 64, bits=4)
-    address = native._address(weight)
-    assert native._address(weight) == address
-    assert native._address(copy.deepcopy(weight)) != address
+    address = native.address_of(weight)
+    assert native.address_of(weight) == address
+    assert native.address_of(copy.deepcopy(weight)) != address

@@ -17,7 +17,7 @@ BEST = 0 if library() is None else library().isa
 
 
 def weight_struct(weight):
-    return abi.Weight.from_address(native._address(weight))
+    return abi.Weight.from_address(native.address_of(weight))
 
 
 def broken(code, **fields):
@@ -64,7 +64,7 @@ def test_broken_arguments_of_a_linear_are_refused():
     weight = empty_packed((16, 64), 8, 32)
     x, y = torch.zeros(2, 64), torch.zeros(2, 16)
     pointers = ctypes.c_void_p * 1
-    good = [BEST, 1, 1, pointers(native._address(weight)), pointers(None), x.data_ptr(), 0, 2]
+    good = [BEST, 1, 1, pointers(native.address_of(weight)), pointers(None), x.data_ptr(), 0, 2]
     good += [pointers(y.data_ptr()), 0]
     assert library()._linears(*good) == 0
     wrong = [(0, 3, -2), (0, -1, -2), (1, 0, -3), (1, 5000, -3), (2, 0, -8), (3, None, -1)]
@@ -124,8 +124,9 @@ def test_tensors_that_do_not_fit_are_refused_before_the_call():
 
 
 def test_every_code_has_a_sentence():
-    header = (Path(native.__file__).parent / "cpu/expertly.h").read_text()
-    codes = {int(code) for code in re.findall(r"EXPERTLY_\w+ = (-\d+)", header)}
+    headers = (Path(native.__file__).parent / "cpu").glob("*.h")
+    text = "".join(header.read_text() for header in headers)
+    codes = {int(code) for code in re.findall(r"EXPERTLY_\w+ = (-\d+)", text)}
     assert codes == abi.WRONG.keys()
 
 

@@ -185,7 +185,7 @@ def test_a_trial_never_compares_the_stock_code_with_itself(tiny_model, monkeypat
     attention = tiny_model("mixtral", hidden_size=128).model.layers[0].self_attn
     off = lambda self, module, x, *_: (x * 0, None)  # noqa: E731
     monkeypatch.setattr(LeanAttention, "_attend", off)
-    monkeypatch.setattr(LeanAttention, "_as_tried", lambda *_: False)
+    monkeypatch.setattr(LeanAttention, "as_tried", lambda *_: False)
     with torch.inference_mode():
         native = LeanAttention.looked_up()
         assert lean_attention.lean_attention(attention, native, torch.float32) is None

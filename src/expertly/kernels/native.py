@@ -20,7 +20,7 @@ from expertly.kernels.packed import PackedWeight
 
 ISAS = ("portable", "avx2", "avx512")  # by expertly_best_isa's number
 _ACTS = ("silu", "gelu", "gelu_tanh", "clamped", "relu", "relu2")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ZERO_KINDS = {None: 0, torch.uint8: 1, torch.float16: 2}
 
 
@@ -42,9 +42,10 @@ class Library:
 
     def __init__(self, handle: ctypes.CDLL, isa: int):
         self.handle, self.isa = handle, isa
-        functions = {name: abi.typed(handle, name) for name in abi.ARGUMENTS}
-        self._linears, self._grouped = functions["linears"], functions["grouped_linear"]
-        self._experts, self._norm = functions["experts"], functions["rms_norm"]
+        self._linears = abi.typed(handle, "linears")
+        self._grouped = abi.typed(handle, "grouped_linear")
+        self._experts = abi.typed(handle, "experts")
+        self._norm = abi.typed(handle, "rms_norm")
 
     def linears(
         self, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], x: Tensor
@@ -62,13 +63,13 @@ class Library:
             if cols != width:
                 raise _misfit(x, weight)
             if bias is not None:
-                _check_bias(bias, (out,))
+                check_bias(bias, (out,))
             outs.append(torch.empty(*lead, out, dtype=dtype))
         code = self._linears(
             self.isa,
             torch.get_num_threads(),
             count,
-            abi.addresses([_address(weight) for weight in weights]),
+            abi.addresses([address_of(weight) for weight in weights]),
             abi.addresses([0 if bias is None else bias.data_ptr() for bias in biases]),
             x.data_ptr(),
             kind,
@@ -76,7 +77,7 @@ class Library:
             abi.addresses([out.data_ptr() for out in outs]),
             kind,
         )
-        _check("linears", code)
+        abi.check("linears", code)
         return outs
 
     def grouped_linear(
@@ -88,14 +89,14 @@ class Library:
         """
         x, counts, kind = x.contiguous(), counts.contiguous(), _kind(x)
         _check_width(x, weight)
-        _check_bias(bias, weight.shape[:-1])
+        check_bias(bias, weight.shape[:-1])
         _check_integers("counts", counts, (weight.experts,))
         out = torch.empty(len(x), weight.shape[-2], dtype=x.dtype)
         code = self._grouped(
             self.isa,
             torch.get_num_threads(),
-            _address(weight),
-            _pointer(bias),
+            address_of(weight),
+            pointer(bias),
             x.data_ptr(),
             kind,
             counts.data_ptr(),
@@ -103,7 +104,7 @@ class Library:
             out.data_ptr(),
             kind,
         )
-        _check("grouped_linear", code)
+        abi.check("grouped_linear", code)
         return out
 
     def experts(
@@ -125,8 +126,8 @@ class Library:
         x, ids, kind = x.contiguous(), ids.contiguous(), _kind(x)
         weights, (tokens, top_k) = weights.float().contiguous(), weights.shape
         _check_width(x, gate_up)
-        _check_bias(gate_up_bias, gate_up.shape[:-1])
-        _check_bias(down_bias, down.shape[:-1])
+        check_bias(gate_up_bias, gate_up.shape[:-1])
+        check_bias(down_bias, down.shape[:-1])
         _check_integers("ids", ids, (tokens, top_k))
         if len(x) != tokens:
             raise ValueError(f"experts: {tokens} tokens' weights for {len(x)} tokens")
@@ -134,11 +135,11 @@ class Library:
         code = self._experts(
             self.isa,
             torch.get_num_threads(),
-            _address(gate_up),
-            _address(down),
-            _pointer(gate_up_bias),
-            _pointer(down_bias),
-            byref(_gate(*gate)),
+            address_of(gate_up),
+            address_of(down),
+            pointer(gate_up_bias),
+            pointer(down_bias),
+            byref(gate_of(*gate)),
             x.data_ptr(),
             kind,
             ids.data_ptr(),
@@ -148,7 +149,7 @@ class Library:
             out.data_ptr(),
             kind,
         )
-        _check("experts", code)
+        abi.check("experts", code)
         return out
 
     def rms_norm(
@@ -170,7 +171,7 @@ class Library:
         places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         rows = x.numel() // dim
         code = self._norm(self.isa, abi.norm(*places, rows, dim, *kinds, once, eps, offset))
-        _check("rms_norm", code)
+        abi.check("rms_norm", code)
         return out
 
 
@@ -188,15 +189,15 @@ class _Native(NamedTuple):
     address: int
 
 
-def _address(weight: PackedWeight) -> int:
+def address_of(weight: PackedWeight) -> int:
     """Where the weight's struct lies; it is made once and kept beside the tensors."""
     kept = weight.__dict__.get("_native")
     if kept is None:
         zeros, (out, cols) = weight.zeros, weight.shape[-2:]
         made = abi.Weight(
             weight.data.data_ptr(),
-            _pointer(weight.scales),
-            _pointer(zeros),
+            pointer(weight.scales),
+            pointer(zeros),
             weight.bits,
             weight.group_size,
             _ZERO_KINDS[None if zeros is None else zeros.dtype],
@@ -210,17 +211,17 @@ def _address(weight: PackedWeight) -> int:
 
 
 @functools.cache
-def _gate(act: str, gated: bool, alpha: float, limit: float) -> abi.Gate:
+def gate_of(act: str, gated: bool, alpha: float, limit: float) -> abi.Gate:
     return abi.Gate(_ACTS.index(act), gated, alpha, limit)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def _kind(x: Tensor) -> int:
     try:
-        return _TYPES[x.dtype]
+        return TYPES[x.dtype]
     except KeyError:
         raise ValueError(f"native kernels read float32 and bfloat16, not {x.dtype}") from None
 
@@ -234,7 +235,7 @@ def _misfit(x: Tensor, weight: PackedWeight) -> ValueError:
     return ValueError(f"x is {tuple(x.shape)}, the packed weight {weight.shape}")
 
 
-def _check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> None:
     if bias is None:
         return
     if bias.shape != shape or bias.dtype != torch.float32 or not bias.is_contiguous():
@@ -246,7 +247,3 @@ def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"{name} must be {shape} int64, not {found}")
 
-
-def _check(name: str, code: int) -> None:
-    if code:
-        raise ValueError(f"{name}: {abi.WRONG.get(code, f'error {code}')}")

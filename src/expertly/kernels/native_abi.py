@@ -1,4 +1,4 @@
-"""The C side of kernels/cpu/expertly.h: its structs, argument types, codes and shared library."""
+"""The C side of kernels/cpu/: structs, argument types and codes of its headers; the library."""
 
 import ctypes
 import struct
@@ -23,6 +23,13 @@ WRONG = {
     -13: "the weights do not fit one another",
     -14: "no memory",
     -15: "a tensor's address is not a multiple of its item size",
+    -20: "heads must be a multiple of 32 wide and divide into those of the cache",
+    -21: "the cache has no room for another token",
+    -22: "the rotary embedding does not fit the heads",
+    -23: "the norm of queries and keys is unknown",
+    -24: "more experts are chosen than there are",
+    -25: "experts do not divide into the groups",
+    -26: "the score is unknown",
 }
 
 
@@ -45,16 +52,102 @@ class Gate(ctypes.Structure):
     _fields_ = (("act", c_int32), ("gated", c_int32), ("alpha", c_float), ("limit", c_float))
 
 
-# after isa, and threads where there are any
+class Norm(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("dim", c_int64),
+        ("x_type", c_int32),
+        ("w_type", c_int32),
+        ("y_type", c_int32),
+        ("once", c_int32),
+        ("eps", c_float),
+        ("offset", c_float),
+    )
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("scale", c_float),
+        ("clip", c_float),
+        ("norm", c_int32),
+        ("norm_type", c_int32),
+        ("eps", c_float),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+    )
+
+
+class Decoding(ctypes.Structure):
+    _fields_ = (
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rotated", c_int64),
+        ("rotated_batch", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("room", c_int64),
+        ("length", c_int64),
+    )
+
+
+class Router(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("weight_type", c_int32),
+        ("score", c_int32),
+        ("experts", c_int64),
+        ("dim", c_int64),
+        ("top_k", c_int64),
+        ("groups", c_int64),
+        ("top_groups", c_int64),
+        ("renormalise", c_int32),
+        ("exact", c_int32),
+        ("eps", c_float),
+        ("factor", c_float),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        ("norms", Norm * 2),
+        ("projections", c_void_p * 4),
+        ("biases", c_void_p * 4),
+        ("attention", Attention),
+        ("router", Router),
+        ("weights_type", c_int32),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("gate_up_bias", c_void_p),
+        ("down_bias", c_void_p),
+        ("gate", Gate),
+    )
+
+
+_RUN = (c_int, c_int)  # isa, threads
+_TYPED = (c_void_p, c_int)  # a tensor and its type
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "linears": (c_int, *[c_void_p] * 3, c_int, c_int64, c_void_p, c_int),
-    "grouped_linear": (*[c_void_p] * 3, c_int, c_void_p, c_int64, c_void_p, c_int),
-    "experts": (*[c_void_p] * 6, c_int, *[c_void_p] * 2, c_int64, c_int64, c_void_p, c_int),
-    "rms_norm": (c_void_p,),
+    "linears": (*_RUN, c_int, *[c_void_p] * 3, c_int, c_int64, *_TYPED),
+    "grouped_linear": (*_RUN, *[c_void_p] * 3, c_int, c_void_p, c_int64, *_TYPED),
+    "experts": (*_RUN, *[c_void_p] * 6, c_int, *[c_void_p] * 2, c_int64, c_int64, *_TYPED),
+    "rms_norm": (c_int, c_void_p),
+    "attend": (*_RUN, *[c_void_p] * 2, c_int, c_int64, c_void_p),
+    "route": (c_int, c_void_p, *_TYPED, c_int64, *_TYPED, *_TYPED, c_void_p),
+    "decode_layer": (*_RUN, *[c_void_p] * 3, c_int, c_int64, *[c_void_p] * 2),
+    "read": (c_int, c_void_p, c_int64, c_void_p),
 }
 
 
-norm = struct.Struct("3P2q4i2f").pack  # expertly_norm; bytes go as their address
+norm = struct.Struct("3P2q4i2f").pack  # a Norm, made faster; bytes go as their address
 
 
 def load(path: Path) -> ctypes.CDLL | None:
@@ -74,9 +167,14 @@ def load(path: Path) -> ctypes.CDLL | None:
 def typed(handle: ctypes.CDLL, name: str) -> Any:
     """One of the library's functions by its name in ARGUMENTS."""
     function = getattr(handle, f"expertly_{name}")
-    first = (c_int,) if name == "rms_norm" else (c_int, c_int)
-    function.argtypes, function.restype = (*first, *ARGUMENTS[name]), c_int
+    function.argtypes, function.restype = ARGUMENTS[name], c_int
     return function
+
+
+def check(name: str, code: int) -> None:
+    """Raise ValueError for a function that refused its arguments, with the reason."""
+    if code:
+        raise ValueError(f"{name}: {WRONG.get(code, f'error {code}')}")
 
 
 def addresses(each: list[int]) -> bytes:

@@ -5,15 +5,15 @@ and says which papers it follows. Forward only, on the CPU, in float32 or bfloat
 """
 
 import ctypes
-from ctypes import Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
-from typing import Any, NamedTuple
+from ctypes import byref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from expertly.kernels.native import library
+from expertly.kernels import native_abi as abi
+from expertly.kernels.native import TYPES, library, pointer
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 NORMS = ("none", "each head", "all heads", "each rotated head")
 SCORES = ("softmax", "sigmoid", "softmax of the chosen")
 
@@ -69,87 +69,13 @@ class RouterForm(NamedTuple):
     weights_dtype: torch.dtype = torch.float32
 
 
-class _Attention(Structure):
-    _fields_ = [
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("scale", c_float),
-        ("clip", c_float),
-        ("norm", c_int32),
-        ("norm_type", c_int32),
-        ("eps", c_float),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-    ]
-
-
-class _Decoding(Structure):
-    _fields_ = [
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("rotated", c_int64),
-        ("rotated_batch", c_int64),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("room", c_int64),
-        ("length", c_int64),
-    ]
-
-
-class _Router(Structure):
-    _fields_ = [
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("weight_type", c_int32),
-        ("score", c_int32),
-        ("experts", c_int64),
-        ("dim", c_int64),
-        ("top_k", c_int64),
-        ("groups", c_int64),
-        ("top_groups", c_int64),
-        ("renormalise", c_int32),
-        ("exact", c_int32),
-        ("eps", c_float),
-        ("factor", c_float),
-    ]
-
-
-_ARGUMENTS = {
-    "expertly_attend": (c_int, c_int, c_void_p, c_void_p, c_int, c_int64, c_void_p),
-    "expertly_route": (
-        *(c_int, c_void_p, c_void_p, c_int, c_int64),
-        *(c_void_p, c_int, c_void_p, c_int, c_void_p),
-    ),
-}
-_WRONG = {
-    -1: "a tensor is missing",
-    -2: "this machine lacks the instruction set asked for",
-    -3: "at least one thread is needed, and no more than 4096",
-    -8: "a size is zero or negative",
-    -9: "the sizes overflow",
-    -10: "float32 or bfloat16 is needed",
-    -14: "no memory",
-    -20: "heads must be a multiple of 32 wide and divide into those of the cache",
-    -21: "the cache has no room for another token",
-    -22: "the rotary embedding does not fit the heads",
-    -23: "the norm of queries and keys is unknown",
-    -24: "more experts are chosen than there are",
-    -25: "experts do not divide into the groups",
-    -26: "the score is unknown",
-}
-
-
 class Operations:
     """The native operations around the experts, of a loaded library."""
 
     def __init__(self, handle: ctypes.CDLL, isa: int):
         self._isa = isa
-        self._attend = _typed(handle, "expertly_attend")
-        self._route = _typed(handle, "expertly_route")
+        self._attend = abi.typed(handle, "attend")
+        self._route = abi.typed(handle, "route")
 
     def attend(
         self,
@@ -166,24 +92,9 @@ class Operations:
         all heads. Raises ValueError for tensors that do not fit one another.
         """
         _check_attention(form, new, room)
-        q, cos = new.q, new.cos
-        shape = _Attention(
-            *form[:5],
-            NORMS.index(form.norm),
-            0 if q_norm is None else TYPES[q_norm.dtype],
-            form.eps,
-            _norm_pointer(form, q_norm, form.heads),
-            _norm_pointer(form, k_norm, form.kv_heads),
-        )
-        now = _Decoding(
-            *(each.data_ptr() for each in new),
-            cos.shape[-1],
-            cos.shape[0],
-            room.keys.data_ptr(),
-            room.values.data_ptr(),
-            room.size,
-            length,
-        )
+        q, shape = new.q, attention_of(form, q_norm, k_norm)
+        now = decoding_of(new.cos, new.sin, room, length)
+        now.q, now.k, now.v = q.data_ptr(), new.k.data_ptr(), new.v.data_ptr()
         out = torch.empty(room.batch, form.heads * form.head_dim, dtype=q.dtype)
         code = self._attend(
             self._isa,
@@ -194,7 +105,7 @@ class Operations:
             room.batch,
             out.data_ptr(),
         )
-        _check_code("expertly_attend", code)
+        abi.check("attend", code)
         return out
 
     def route(
@@ -204,23 +115,8 @@ class Operations:
 
         weight: (experts, dim); bias: (experts,) float32, added for the choice only.
         """
-        experts, dim = weight.shape
         _check_router(x, weight, bias)
-        router = _Router(
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            TYPES[weight.dtype],
-            SCORES.index(form.score),
-            experts,
-            dim,
-            form.top_k,
-            form.num_groups,
-            form.topk_groups,
-            form.renormalize,
-            form.exact,
-            form.epsilon,
-            form.scale,
-        )
+        router, experts = router_of(form, weight, bias), len(weight)
         tokens = x.shape[0]
         logits = torch.empty(tokens, experts, dtype=form.logits_dtype)
         weights = torch.empty(tokens, form.top_k, dtype=form.weights_dtype)
@@ -237,25 +133,60 @@ class Operations:
             TYPES[form.weights_dtype],
             ids.data_ptr(),
         )
-        _check_code("expertly_route", code)
+        abi.check("route", code)
         return logits, weights, ids
+
+
+def attention_of(
+    form: AttentionForm, q_norm: Tensor | None, k_norm: Tensor | None
+) -> abi.Attention:
+    """A form in C, with the weights of its norms. Raises ValueError where those do not fit it."""
+    return abi.Attention(
+        *form[:5],
+        NORMS.index(form.norm),
+        0 if q_norm is None else TYPES[q_norm.dtype],
+        form.eps,
+        _norm_pointer(form, q_norm, form.heads),
+        _norm_pointer(form, k_norm, form.kv_heads),
+    )
+
+
+def decoding_of(cos: Tensor, sin: Tensor, room: Room, length: int) -> abi.Decoding:
+    """A new token's place in C, behind `length` others; its queries, keys and values left open."""
+    return abi.Decoding(
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        rotated=cos.shape[-1],
+        rotated_batch=cos.shape[0],
+        keys=room.keys.data_ptr(),
+        values=room.values.data_ptr(),
+        room=room.size,
+        length=length,
+    )
+
+
+def router_of(form: RouterForm, weight: Tensor, bias: Tensor | None) -> abi.Router:
+    """A form in C, with the router's weight (experts, dim) and selection bias (experts,)."""
+    return abi.Router(
+        weight.data_ptr(),
+        pointer(bias),
+        TYPES[weight.dtype],
+        SCORES.index(form.score),
+        *weight.shape,
+        form.top_k,
+        form.num_groups,
+        form.topk_groups,
+        form.renormalize,
+        form.exact,
+        form.epsilon,
+        form.scale,
+    )
 
 
 def operations() -> Operations | None:
     """The native operations; None without the compiled library."""
     loaded = library()
     return None if loaded is None else Operations(loaded.handle, loaded.isa)
-
-
-def _typed(handle: ctypes.CDLL, name: str) -> Any:
-    function = getattr(handle, name)
-    function.argtypes, function.restype = _ARGUMENTS[name], c_int
-    return function
-
-
-def _check_code(name: str, code: int) -> None:
-    if code:
-        raise ValueError(f"{name}: {_WRONG.get(code, f'error {code}')}")
 
 
 def _check_attention(form: AttentionForm, new: New, room: Room) -> None:

@@ -1,11 +1,11 @@
 """Reading memory as fast as the kernels do, to know what they could reach."""
 
-import ctypes
-from ctypes import byref, c_int, c_int64, c_uint64, c_void_p
+from ctypes import byref, c_uint64
 
 import torch
 from torch import Tensor
 
+from expertly.kernels import native_abi as abi
 from expertly.kernels.native import library
 
 
@@ -21,9 +21,7 @@ def read_words(data: Tensor) -> int | None:
         raise ValueError("read: data must be one piece of the CPU's memory")
     if not data.numel():
         return 0
-    read = loaded.handle.expertly_read
-    read.argtypes = (c_int, c_void_p, c_int64, ctypes.POINTER(c_uint64))
-    read.restype = c_int
+    read = abi.typed(loaded.handle, "read")
     total = c_uint64()
     code = read(torch.get_num_threads(), data.data_ptr(), data.nbytes, byref(total))
     if code:

@@ -15,6 +15,7 @@ from expertly.kernels.native_ops import operations
 from expertly.models.cache import grow_cache
 from expertly.models.lean_attention import lean_attention
 from expertly.models.lean_forward import lean_of
+from expertly.models.lean_layer import lean_layer
 from expertly.models.lean_norm import lean_norm
 from expertly.models.lean_router import lean_routers
 
@@ -41,6 +42,10 @@ def make_lean(model: PreTrainedModel) -> None:
         attention = lean_attention(module, native, model.dtype)
         if attention is not None:
             attention.bind(module)
+    for module in model.modules():  # of all these
+        layer = lean_layer(module, kernels, model.dtype)
+        if layer is not None:
+            layer.bind(module)
 
 
 def undo_lean(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from expertly.models.cache import GrowingLayer, growing
 from expertly.models.lean_forward import LeanForward, agree, guarded, hooked, lean_of, plain, random
 from expertly.models.lean_norm import LeanNorm, with_drawn_weight
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ARGUMENTS = ["hidden_states", "position_embeddings", "attention_mask", "past_key_values"]
 _NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
 _PAST = 5  # tokens in the cache when a form is tried
@@ -46,16 +46,16 @@ class LeanAttention(LeanForward):
         dtype: torch.dtype,
     ):
         self.native, self.form, self.norms, self.dtype = native, form, norms, dtype
-        self.passed = (*_PROJECTIONS[:3], *(norms or ()))  # modules that are not called
+        self.passed = (*PROJECTIONS[:3], *(norms or ()))  # modules that are not called
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(_ARGUMENTS, args, strict=False), **kwargs)
-        layer = self._layer(module, given) if self._as_tried(module) else None
+        layer = self.cache_layer(module, given) if self.as_tried(module) else None
         if layer is None:
             return type(module).forward(module, *args, **kwargs)
         return self._attend(module, given["hidden_states"], given["position_embeddings"], layer)
 
-    def _layer(self, module: Any, given: dict[str, Any]) -> GrowingLayer | None:
+    def cache_layer(self, module: Any, given: dict[str, Any]) -> GrowingLayer | None:
         """The layer of the cache that one new token goes to; None: not a case for native code."""
         x, angles, mask, cache = (given.get(name) for name in _ARGUMENTS)
         if (
@@ -75,7 +75,7 @@ class LeanAttention(LeanForward):
         layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
         return layer if type(layer) is GrowingLayer and not cache.offloading else None
 
-    def _as_tried(self, module: Any) -> bool:
+    def as_tried(self, module: Any) -> bool:
         """Whether nobody has changed the module since, nor the norms that native code passes by."""
         config = vars(module.config)
         return (
@@ -112,7 +112,7 @@ def lean_attention(
 
 
 def _is_attention(module: Any) -> bool:
-    if not all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS):
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in PROJECTIONS):
         return False
     needed = ("layer_idx", "head_dim", "scaling", "config")
     arguments = list(inspect.signature(type(module).forward).parameters)[1:5]
@@ -122,7 +122,7 @@ def _is_attention(module: Any) -> bool:
 def _candidates(module: Any, native: Operations, dtype: torch.dtype) -> Iterator[LeanAttention]:
     """What the module may do to queries and keys, by its parts."""
     dim = module.head_dim
-    outs = [getattr(module, name).out_features for name in _PROJECTIONS[:3]]
+    outs = [getattr(module, name).out_features for name in PROJECTIONS[:3]]
     if dim % 32 or any(out % dim for out in outs) or outs[1] != outs[2]:
         return  # native code takes 32 numbers at a time
     heads, kv_heads = outs[0] // dim, outs[1] // dim
@@ -166,7 +166,7 @@ def _tried(module: Any, lean: LeanAttention) -> bool:
     own(module, x[:, :-1], (cos[:, :-1], sin[:, :-1]), None, cache)
     copied, angle = deepcopy(cache), (cos[:, -1:], sin[:, -1:])
     given = dict(zip(_ARGUMENTS, (x[:, -1:], angle, None, cache), strict=True))
-    layer = lean._layer(module, given)
+    layer = lean.cache_layer(module, given)
     if layer is None:
         return False
     ours = lean._attend(module, x[:, -1:], angle, layer)[0]

@@ -28,7 +28,7 @@ class LeanForward:
 
     def bind(self, module: nn.Module) -> None:
         """Put it in the place of the module's own forward."""
-        self.settings = _settings(module)
+        self.settings = settings_of(module)
         module.forward = partial(self, module)
 
     def unchanged(self, module: nn.Module) -> bool:
@@ -126,7 +126,8 @@ def ulps(count: float, dtype: torch.dtype) -> float:
     return count * torch.finfo(dtype).eps
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own numbers and switches."""
     return {
         name: value
         for name, value in vars(module).items()

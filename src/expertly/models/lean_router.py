@@ -34,7 +34,7 @@ class LeanRouter(LeanForward):
         self.native, self.form, self.bias, self.dtypes = native, form, bias, dtypes
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self._may(module, args[0]):
+        if len(args) == 1 and not kwargs and self.may(module, args[0]):
             return self.route(module, args[0])
         return type(module).forward(module, *args, **kwargs)
 
@@ -47,7 +47,7 @@ class LeanRouter(LeanForward):
         x = x.reshape(-1, weight.shape[1]).contiguous()
         return self.native.route(self.form, x, weight, bias)
 
-    def _may(self, module: Any, x: Tensor) -> bool:
+    def may(self, module: Any, x: Tensor) -> bool:
         weight = module.weight
         return (
             self.native is not None
