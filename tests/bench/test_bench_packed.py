@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from expertly.bench import doctor, machine, packed_model, random_model, sweep
+from expertly.bench import measure as measure_module
+from expertly.bench import packed_rates as rates_module
 from expertly.bench.expected import expect, packing_of, weight_bytes
 from expertly.bench.measure import measure
 from expertly.bench.measured import tables
@@ -192,14 +194,39 @@ def test_the_tiny_model_is_packed_at_the_same_bits(family, raw):
 # --- Rates and overhead ------------------------------------------------------------------------
 
 
-def test_rates_are_of_every_packed_part(raw):
-    config = raw("olmoe", **dict.fromkeys(SIZES, 256))
-    expected = _expected(config, Precision(4, 32))
+def test_rates_are_of_every_packed_part(raw, monkeypatch):
+    """With a clock of which a byte takes a second, and whatever is tiny nothing."""
+    config = raw("olmoe", **dict.fromkeys(SIZES, 256), vocab_size=320)
+    formats, tokens = _expected(config, Precision(4, 32)).precision, Tokens(64, 8, 2)
     model, tiny = made(config), tiny_model(config, torch.bfloat16, 2, tiny_maker(Precision(4, 32)))
-    rates = packed_rates(model, tiny, Tokens(64, 64, 2), expected.precision, Sweep())
-    assert rates.keys() <= {"int4g32 attention", "int4g32 experts", "int8g32 head"}
-    assert all(rate > 0 for rate in rates.values())
-    assert attention_rate(model, expected.shape.layers[0], 32) > 0
+
+    def seconds(calls, sweep=None, size=0.0):
+        return 0.0 if sweep else sum(call.bytes for call in calls)
+
+    monkeypatch.setattr(rates_module, "_seconds", seconds)
+    rates = packed_rates(model, tiny, tokens, formats, Sweep())
+    # all experts are met, 64 tokens take 2 each; a weight has 4.5 or, in the head, 8.5 bits
+    assert rates == {
+        "int4g32 attention": pytest.approx(2 * 64 * 8 / 4.5),
+        "int4g32 experts": pytest.approx(2 * 64 * 2 / 8 * 8 / 4.5, rel=1e-3),
+        "int8g32 head": pytest.approx(2 * 8 * 8 / 8.5),
+    }
+
+
+def test_a_call_that_takes_as_long_on_nothing_has_no_rate(raw, monkeypatch):
+    config = raw("olmoe")
+    formats = _expected(config, Precision(4, 32)).precision
+    model, tiny = made(config), tiny_model(config, torch.bfloat16, 2, tiny_maker(Precision(4, 32)))
+    monkeypatch.setattr(rates_module, "_seconds", lambda calls, *sweep: 2.0 * len(calls))
+    assert packed_rates(model, tiny, Tokens(64, 64, 2), formats, Sweep()) == {}
+
+
+def test_attention_and_packed_parts_take_time(raw):
+    config = raw("olmoe", **dict.fromkeys(SIZES, 256))
+    model, layers = made(config), _expected(config, Precision(4, 32)).shape.layers
+    assert attention_rate(model, layers[0], 32) > 0
+    for calls in rates_module._calls(model, Tokens(64, 64, 2)).values():
+        assert rates_module._seconds(calls, Sweep(), 2**16) > 0
 
 
 def test_of_two_measurements_the_best_rates_count():
@@ -260,6 +287,24 @@ def test_predictions_are_the_plans_own_at_the_kernels_rates(raw, measured_here):
     assert found.memory.predicted == weight_bytes(shape, formats)
 
 
+def test_the_roofline_is_the_machines_alone(raw, measured_here, monkeypatch):
+    monkeypatch.setattr(measure_module, "packed_rates", lambda *given: {"int4g32 experts": 1e6})
+    found = measured_here(raw("olmoe"))
+    expected = _expected(raw("olmoe"), Precision(4, 32))
+    device = as_device(found.machine)
+    assert device.flops == {"fp32": found.machine.flops, "bf16": found.machine.flops}
+    step = decode(expected.shape, expected.precision, device, batch=1, context=18, overhead=0.0)
+    phase = found.runs[0].decode
+    assert phase.predicted == pytest.approx(
+        _decode(
+            expected.shape, expected.precision, found, phase, batch=1, context=18
+        ).tokens_per_second
+    )
+    assert phase.roofline == pytest.approx(step.tokens_per_second)
+    assert sum(part.roofline for part in phase.parts) == pytest.approx(step.seconds)
+    assert any("kernels' own timings" in note for note in found.notes)
+
+
 def _decode(shape, formats, found, phase, **options):
     device = as_device(found.machine, phase.rates)
     return decode(shape, formats, device, overhead=phase.overhead, **options)
@@ -303,4 +348,5 @@ def test_without_bits_nothing_is_packed(raw, measured_here):
     found = measured_here(raw("olmoe"), bits=None)
     assert (found.bits, found.group_size) == (None, None)
     assert [run.batched for run in found.runs] == [None, None]
+    assert not any("timings" in note for note in found.notes)
     assert not any(phase.rates for run in found.runs for _, phase in run.phases)

@@ -111,7 +111,12 @@ Form any_form() {
   int chosen = bits[between(0, 2)];
   return {chosen, chosen == 16 ? 0 : (int)between(0, 2), groups[between(0, 2)]};
 }
-int64_t any_cols(const Form &f) { return f.bits == 16 ? between(1, 90) : f.group * between(1, 4); }
+// Now and then wider than a panel of unpacked weights, which is 1024, or 256 at 16 bits.
+int64_t any_cols(const Form &f) {
+  bool wide = between(0, 9) == 0;
+  return f.bits == 16 ? between(1, wide ? 600 : 90)
+                      : f.group * (wide ? 1024 / f.group + between(0, 2) : between(1, 4));
+}
 
 void try_linears(int isa) {
   Form f = any_form();
@@ -149,7 +154,8 @@ void try_experts(int isa) {
   Form f = any_form(), g = any_form();
   expertly_gate gate = {(int32_t)between(0, 5), (int32_t)between(0, 1), 1.7f, 7.f};
   if (gate.act == 3) gate.gated = 1;
-  int64_t cols = any_cols(f), hidden = g.bits == 16 ? 16 * between(1, 5) : g.group * between(1, 3);
+  int64_t cols = any_cols(f), hidden = any_cols(g);
+  if (g.bits == 16) hidden = (hidden + 15) / 16 * 16;
   int64_t experts = between(1, 6), out = between(1, 90), tokens = between(0, 20), k = between(1, 3);
   Packed up = packed(f.bits, f.kind, experts, hidden * (1 + gate.gated), cols, f.group);
   Packed down = packed(g.bits, g.kind, experts, out, hidden, g.group);

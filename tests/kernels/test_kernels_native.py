@@ -139,6 +139,16 @@ def test_any_sizes_give_the_same_on_every_instruction_set(data):
         assert error(y, expected) < (CLOSE if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize(("bits", "zeros"), FORMS)
+@pytest.mark.parametrize("tokens", [7, 70])
+def test_a_linear_wider_than_its_unpacked_weights_in_cache(kernels, bits, zeros, tokens):
+    """More than four rows meet weights that are unpacked panel by panel."""
+    weight = random_packed(40, 300 if bits == 16 else 1152, bits=bits, zeros=zeros)
+    x, bias = torch.randn(tokens, weight.shape[-1]), torch.randn(40)
+    [y] = kernels.linears([weight], [bias], x)
+    assert error(y, slow_linear(x, weight, bias, read=in_two_terms)) < CLOSE
+
+
 def test_linears_that_share_their_input_may_differ_in_everything_else(kernels, two_threads):
     weights = [random_packed(40 * (i + 1), 128, bits=b, zeros=z) for i, (b, z) in enumerate(FORMS)]
     biases = [None if i % 2 else torch.randn(w.shape[0]) for i, w in enumerate(weights)]
@@ -195,6 +205,20 @@ def test_experts_equal_their_definition(kernels, act, gated, bits):
         assert error(y, slow_experts(layer, gate, x, ids, weights)) < limit
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("tokens", [7, 70])
+def test_experts_wider_than_their_unpacked_weights_in_cache(kernels, bits, tokens):
+    torch.manual_seed(bits)
+    dim, hidden = (300, 304) if bits == 16 else (1152, 1152)
+    gate, sizes = Gate("silu"), {"dim": dim, "hidden": hidden, "experts": 2}
+    layer = random_layer(bits, bits, gate, **sizes)
+    x, ids = torch.randn(tokens, dim), torch.tensor([[0, 1]]).repeat(tokens, 1)
+    weights = torch.rand(tokens, 2)
+    limit = CLOSE if bits == 16 else 2e-3
+    found = kernels.experts(*layer, gate, x, ids, weights)
+    assert error(found, slow_experts(layer, gate, x, ids, weights)) < limit
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_experts_of_any_size(data):
@@ -248,6 +272,19 @@ def test_a_segmented_prefill_is_the_same_token_by_token(bits):
         torch.testing.assert_close(y[one], alone, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("act", native._ACTS)
+def test_a_gate_of_large_negative_numbers_is_closed(kernels, act):
+    """Each value is its own gate and, but for its sign, its own up."""
+    x = torch.tensor([-1e30, -1e19, -1e4, -90, -89, -88.5, -88.4, -88.3, -80, -20, -1, 0, 1, 9, 20])
+    x, one = F.pad(x, (0, 1)), torch.eye(16)
+    gate_up = pack(torch.cat([one, -one]).bfloat16()[None], None, None, 16, 0)
+    down = pack(one.bfloat16()[None], None, None, 16, 0)
+    ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    found = kernels.experts(gate_up, down, None, None, Gate(act), x[None], ids, weights)[0]
+    want = slow_gate(Gate(act), torch.cat([x, -x]).double()).float()
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-30)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_what_is_not_a_number_stays_visible(kernels, bits, bad):
@@ -278,6 +315,47 @@ def test_rms_norm_rounds_as_transformers_does(kernels, x_type, w_type, dim):
     if x_type == torch.bfloat16 and dim == 50:
         assert (kernels.rms_norm(x, weight, 1e-6) == llama).float().mean() > 0.95
         assert (found == gemma).float().mean() > 0.95
+
+
+def test_two_threads_agree_on_one_struct(monkeypatch):
+    weight, others, made = random_packed(16, 64, bits=4), [], native._native_of
+
+    def overtaken(weight):
+        monkeypatch.setattr(native, "_native_of", made)
+        others.append(native.address_of(weight))  # another thread's, in between
+        return made(weight)
+
+    monkeypatch.setattr(native, "_native_of", overtaken)
+    assert [native.address_of(weight)] == others == [native.address_of(weight)]
+
+
+@pytest.mark.parametrize("part", ["data", "scales", "zeros"])
+def test_a_weight_that_has_moved_is_read_where_it_is(part):
+    weight, x = random_packed(16, 64, bits=4, zeros=torch.uint8), torch.randn(2, 64)
+    [before], address = library().linears([weight], [None], x), native.address_of(weight)
+    tensor = getattr(weight, part)
+    old, place = tensor.untyped_storage(), tensor.data_ptr()
+    kept = torch.tensor([], dtype=tensor.dtype).set_(old.clone(), 0, tensor.shape)
+    tensor.share_memory_()
+    assert tensor.data_ptr() != place and torch.equal(kept, tensor)
+    assert torch.equal(library().linears([weight], [None], x)[0], before)
+    assert native.address_of(weight) == address, "others hold the struct"
+    struct = native.abi.Weight.from_address(address)
+    assert getattr(struct, part) == tensor.data_ptr()
+
+
+def test_answers_are_on_the_cpu_whatever_the_default_device():
+    weight, x = random_packed(2, 64, 64, bits=4), torch.randn(3, 64)
+    one, counts = random_packed(64, 64, bits=4), torch.tensor([1, 2])
+    ids, weights = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    with torch.device("meta"):
+        found = [
+            *library().linears([one], [None], x),
+            library().grouped_linear(weight, None, x, counts),
+            library().experts(weight, weight, None, None, Gate("relu", False), x, ids, weights),
+            library().rms_norm(x, x[0], 1e-6),
+        ]
+    assert all(each.is_cpu and each.isfinite().all() for each in found)
 
 
 def test_a_copied_weight_has_its_own_address():

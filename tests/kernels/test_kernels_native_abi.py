@@ -118,14 +118,93 @@ def test_tensors_that_do_not_fit_are_refused_before_the_call():
         library().linears([weight], [None], x.double())
     with pytest.raises(ValueError, match="its weight"):
         library().rms_norm(x, torch.zeros(63), 1e-6)
-    assert (
-        library()._norm(BEST, x.data_ptr(), 0, x.data_ptr(), 0, 0, 0, 1, 0, x.data_ptr(), 0) == -8
-    )
+    with pytest.raises(ValueError, match="a size is zero"):
+        library().rms_norm(x[:, :0], torch.zeros(0), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 2, 64)])
+def test_rows_that_are_no_matrix_are_refused(shape):
+    weight, x = empty_packed((1, 64, 64), 4, 32), torch.zeros(shape)
+    counts, ids = torch.ones(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="x is"):
+        library().grouped_linear(weight, None, x, counts)
+    with pytest.raises(ValueError, match="x is"):
+        gate = Gate("relu", False)
+        library().experts(weight, weight, None, None, gate, x, ids, torch.ones(1, 1))
+
+
+def test_tensors_of_another_device_are_refused():
+    weight, stack = empty_packed((64, 64), 4, 32), empty_packed((1, 64, 64), 4, 32)
+    x, counts = torch.zeros(1, 64), torch.ones(1, dtype=torch.int64)
+    ids, weights, bias = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.zeros(64)
+    given = stack, stack, None, None, Gate("relu", False)
+    for call in (
+        lambda: library().linears([weight], [None], x.to("meta")),
+        lambda: library().linears([weight], [bias.to("meta")], x),
+        lambda: library().grouped_linear(stack, None, x, counts.to("meta")),
+        lambda: library().experts(*given, x, ids.to("meta"), weights),
+        lambda: library().experts(*given, x, ids, weights.to("meta")),
+        lambda: library().rms_norm(x, bias.to("meta"), 1e-6),
+    ):
+        with pytest.raises(ValueError, match="on the CPU"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        broken(0),
+        broken(-1, x=0),
+        broken(-1, weight=0),
+        broken(-1, y=0),
+        broken(-8, rows=-1),
+        broken(-8, dim=0),
+        broken(-8, dim=-64),
+        broken(-9, rows=1 << 60),
+        broken(-10, x_type=2),
+        broken(-10, w_type=-1),
+        broken(-10, y_type=7),
+        broken(-15, x=2),
+        broken(-15, y=1),
+    ],
+)
+def test_a_broken_norm_is_refused(fields, code):
+    x, weight, y = torch.zeros(2, 64), torch.zeros(64), torch.zeros(2, 64)
+    places = {"x": x.data_ptr(), "weight": weight.data_ptr(), "y": y.data_ptr()}
+    good = {**places, "rows": 2, "dim": 64, "x_type": 0, "w_type": 0, "y_type": 0, "once": 0}
+    call = abi.norm(*{**good, **fields}.values(), 1e-6, 0.0)
+    assert library()._norm(BEST, call) == code
+    assert library()._norm(BEST, None) == -1
+    assert library()._norm(BEST + 1, call) == library()._norm(-1, call) == -2
+
+
+def test_no_memory_is_no_wrong_argument():
+    with pytest.raises(MemoryError, match="experts: no memory"):
+        abi.check("experts", -14)
+    abi.check("experts", 0)
+
+
+def headers():
+    found = (Path(native.__file__).parent / "cpu").glob("*.h")
+    return "".join(header.read_text() for header in found)
+
+
+def test_a_library_of_other_sources_is_none(monkeypatch, tmp_path):
+    built = Path(native.__file__).with_name("_cpu.so")
+    assert abi.load(built) is not None
+    monkeypatch.setattr(abi, "ABI", abi.ABI + 1)
+    assert abi.load(built) is None
+    lacks = type("Library", (), {})()  # expertly_abi, as those before it
+    monkeypatch.setattr(abi, "_opened", lambda path: lacks)
+    assert abi.load(built) is None
+
+
+def test_header_and_python_have_the_same_number():
+    assert re.findall(r"EXPERTLY_ABI = (\d+)", headers()) == [str(abi.ABI)]
 
 
 def test_every_code_has_a_sentence():
-    headers = (Path(native.__file__).parent / "cpu").glob("*.h")
-    text = "".join(header.read_text() for header in headers)
+    text = headers()
     codes = {int(code) for code in re.findall(r"EXPERTLY_\w+ = (-\d+)", text)}
     assert codes == abi.WRONG.keys()
 

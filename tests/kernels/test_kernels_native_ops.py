@@ -195,6 +195,15 @@ def test_tensors_that_do_not_fit_are_refused():
         operations().attend(form, new, room, 5, torch.ones(31), torch.ones(31))
     with pytest.raises(ValueError, match="norm"):
         operations().attend(FORM._replace(norm="each head"), new, room, 5)
+    norm, form = torch.ones(32), FORM._replace(norm="each head")
+    for pair in ((norm, norm.bfloat16()), (torch.ones(64)[::2], norm), (norm, norm.to("meta"))):
+        with pytest.raises(ValueError, match="norm"):
+            operations().attend(form, new, room, 5, *pair)
+    half = New(*(each.half() for each in new))
+    with pytest.raises(ValueError, match="float32 and bfloat16"):
+        operations().attend(FORM, half, Room(room.keys.half(), room.values.half()), 5)
+    with pytest.raises(ValueError, match="float32 and bfloat16"):
+        operations().attend(form, new, room, 5, norm.half(), norm.half())
     with pytest.raises(ValueError, match="one shape"):
         Room(room.keys, room.values[:, :1])
     with pytest.raises(ValueError, match="contiguous"):
@@ -260,13 +269,29 @@ def test_logits_are_rounded_where_the_family_rounds(native):
     assert not exact.equal(logits.float())
 
 
-def test_of_equals_the_first_and_nan_last(native):
+def test_of_equals_the_first(native):
     weight = torch.eye(8)
-    x = torch.tensor([[1.0, 3.0, 3.0, float("nan"), 2.0, 2.0, 0.0, 0.0]])
-    ids = native.route(RouterForm(8, "softmax of the chosen"), x[:, :8], weight)[2]
-    assert sorted(ids[0].tolist()) == list(range(8))
     x = torch.tensor([[1.0, 3.0, 3.0, 0.0, 2.0, 2.0, 0.0, 0.0]])
     assert native.route(RouterForm(5), x, weight)[2].tolist() == [[1, 2, 4, 5, 0]]
+
+
+@pytest.mark.parametrize("form", [RouterForm(2), RouterForm(2, num_groups=4, topk_groups=1)])
+@pytest.mark.parametrize("broken", [0, 3, 7])
+def test_a_logit_that_is_no_number_is_chosen_as_torch_does(native, form, broken):
+    """Only one expert's bias is NaN, so that the scores of all others are numbers."""
+    x, weight, bias = torch.ones(1, 32), random(8, 32, seed=1).float(), torch.zeros(8)
+    bias[broken] = torch.nan
+    ids = native.route(form, x, weight, bias)[2]
+    assert ids.equal(slow_route(form, x, weight, bias)[2])
+    assert ids[0, 0] == broken
+
+
+def test_a_router_of_nan_answers_nan(native):
+    x, weight = torch.ones(1, 32), random(8, 32, seed=1).float()
+    weight[5] = torch.nan
+    for score in ("softmax", "sigmoid", "softmax of the chosen"):
+        weights = native.route(RouterForm(2, score), x, weight)[1]
+        assert weights[0, 0].isnan(), "one that is last is never seen"
 
 
 @pytest.mark.parametrize(
@@ -293,4 +318,11 @@ def test_router_tensors_that_do_not_fit_are_refused():
         native.route(form, torch.ones(32, 2).T, weight)
     with pytest.raises(ValueError, match="bias"):
         native.route(form, x, weight, torch.ones(7))
+    with pytest.raises(ValueError, match="bias must be contiguous"):
+        native.route(form, x, weight, torch.ones(16)[::2])
+    for each in ((x.half(), weight), (x, weight.half()), (x.to("meta"), weight)):
+        with pytest.raises(ValueError, match="native kernels"):
+            native.route(form, *each)
+    with torch.device("meta"):
+        assert all(each.is_cpu for each in native.route(form, x, weight))
     assert native.route(form, x[:0], weight)[2].shape == (0, 2)

@@ -301,6 +301,41 @@ def test_projections_may_arrive_one_expert_at_a_time(bits, kind):
         assert torch.equal(getattr(pieces, part).data, getattr(whole, part).data)
 
 
+def test_whole_stacks_are_not_copied_to_be_packed(monkeypatch):
+    padded, pad = [], F.pad
+    monkeypatch.setattr(module.F, "pad", lambda x, by: padded.append(x.numel()) or pad(x, by))
+    packed = empty_experts(Sizes(EXPERTS, DIM, 40), 16)
+    packed.write("up", torch.ones(EXPERTS, 40, DIM))
+    packed.write("down", torch.ones(EXPERTS, DIM, 40))
+    assert padded and max(padded) <= DIM * 48, "one matrix at most"
+
+
+@each_bits
+@pytest.mark.parametrize(
+    ("name", "shape", "expert"),
+    [
+        pytest.param("gate", (EXPERTS, 2 * HIDDEN, DIM), None, id="gate over up"),
+        pytest.param("up", (HIDDEN, DIM + 32), 0, id="wide"),
+        pytest.param("down", (DIM, HIDDEN + 1), 0, id="wide down"),
+        pytest.param("down", (DIM, HIDDEN - 1), 0, id="narrow down"),
+        pytest.param("up", (EXPERTS - 1, HIDDEN, DIM), None, id="an expert short"),
+        pytest.param("up", (EXPERTS, HIDDEN, DIM), 0, id="a stack for one"),
+    ],
+)
+def test_a_projection_of_another_shape_is_refused(bits, name, shape, expert):
+    packed = empty_experts(Sizes(EXPERTS, DIM, HIDDEN), bits)
+    with pytest.raises(ExpertlyError, match=rf"E301\] {name}_proj: found .*, expected"):
+        packed.write(name, torch.ones(shape), expert)
+    assert not packed.gate_up.data.any() and not packed.down.data.any()
+
+
+def test_a_bias_of_another_shape_is_refused():
+    packed = empty_experts(Sizes(EXPERTS, DIM, HIDDEN, biased=True), 4)
+    with pytest.raises(ExpertlyError, match=r"E301\] gate_proj_bias: found"):
+        packed.write_bias("gate", torch.ones(EXPERTS, 2 * HIDDEN))
+    assert not packed.gate_up_bias.any()
+
+
 def test_packing_takes_the_place_of_the_parameters():
     for kind in KINDS:
         experts = make(kind)

@@ -1,9 +1,12 @@
 """Packed linears against torch's on the dequantised weights, forward and backward."""
 
 import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.multiprocessing  # which teaches the pickler below about tensors
 import torch.nn.functional as F
 from packed_errors import error, tolerance
 
@@ -130,6 +133,44 @@ def test_autocast_gives_its_dtype(path, bits):
         out = layer(x)
     assert out.dtype == torch.bfloat16
     assert error(out, layer(x.bfloat16())) < 1e-6
+
+
+def test_autocast_leaves_float64_alone(path):
+    layer, x = PackedLinear(packed_matrix(4)), torch.randn(3, 96).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x, torch.eye(96).double()).dtype == module.compute_dtype(x) == torch.double
+        assert torch.equal(layer(x), layer(x.clone()))
+        out = layer(x)
+    assert out.dtype == torch.float64 and torch.equal(out, layer(x))
+
+
+def test_shared_memory_holds_all_of_it(path):
+    model = torch.nn.Sequential(PackedLinear(packed_matrix(4, symmetric=False), torch.randn(40)))
+    x = torch.randn(3, 96)
+    out = model(x)
+    assert not any(each.is_shared() for each in model.state_dict().values())
+    model.share_memory()
+    assert all(each.is_shared() for each in model.state_dict().values())
+    assert model[0].weight.data is model[0].weight_data and model[0].weight.zeros.is_shared()
+    assert torch.equal(model(x), out)
+
+
+def test_what_another_process_is_sent_still_answers(path):
+    """Pickling for torch.multiprocessing moves the sender's tensors."""
+    layer, x = PackedLinear(packed_matrix(4), torch.randn(40)), torch.randn(3, 96)
+    out = layer(x)
+    sent = ForkingPickler.dumps(layer)
+    assert layer.weight.data.is_shared()
+    assert torch.equal(layer(x), out)
+    assert torch.equal(pickle.loads(sent)(x), out)
+
+
+def test_the_default_device_does_not_matter(path):
+    layer, x = PackedLinear(packed_matrix(4)), torch.randn(3, 96)
+    out = layer(x)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), out) and dequantize(layer.weight).is_cpu
+        layer.bfloat16()
 
 
 def test_casting_copying_and_saving_leave_the_bits():

@@ -33,7 +33,7 @@ def steps(packed):
     st.sampled_from([4, 8]),
     st.sampled_from(list(FORMS)),
     st.sampled_from([32, 64, 128]),
-    st.floats(1e-3, 1e3),
+    st.floats(-8, 3).map(lambda power: 10**power),
     st.floats(-3, 3),
     st.integers(0, 1000),
 )
@@ -43,11 +43,24 @@ def test_error_is_half_a_step_at_most(bits, form, group_size, size, shift, seed)
     error, step = (dequantize(packed) - weight).abs(), steps(packed)
     # scales and minima are rounded to float16, which moves the last level a little
     slack = step * (0.5 + 2**bits * 2**-11) + weight.abs().amax() * 2**-11 * (form == "minima")
-    slack += 2**bits * 2**-25  # scales below float16's normal numbers
+    slack += 2**-25 * (form == "minima")  # below float16's normal numbers
     cut = torch.zeros_like(error)
     if form == "symmetric" and bits == 4:  # one side has 7 steps; the other's extreme has 8
         cut = step * (weight.abs() > 7.5 * step)
     assert (error <= slack + cut + 2**-20 * size).all()
+
+
+@each_form
+@both_bits
+@pytest.mark.parametrize("size", [1e-5, 1e-6, 2e-7])
+def test_tiny_groups_are_not_lost(bits, form, size):
+    """float16 scales are multiples of 6e-8: levels are used as far as they go."""
+    weight = size * random_weight(8, 64).clamp(-1, 1)
+    packed = quantize(weight, bits, 32, **FORMS[form])
+    assert (unpack(packed).scales.abs() >= 2**-24).all()
+    step = size / (8 if bits == 4 else 200)  # about; at 4 bits one end may be a whole one off
+    assert (dequantize(packed) - weight).abs().max() <= step + 2**-24
+    assert dequantize(packed).any()
 
 
 @each_form
@@ -141,6 +154,20 @@ def test_what_float16_scales_cannot_say_is_refused(form):
         quantize(random_weight(4, 64, size=1e8), 4, **FORMS[form])
     with pytest.raises(ExpertlyError, match="too large"):
         quantize(torch.full((4, 64), torch.finfo(torch.float32).max), 16)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_numbers_that_only_float64_holds_are_too_large(bits):
+    with pytest.raises(ExpertlyError, match=r"E301\] up: .*too large"):
+        quantize(torch.full((16, 64), 1e300, dtype=torch.float64), bits, name="up")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int32])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_weights_that_are_quantised_already_are_refused(bits, dtype):
+    said = rf"E202\] layers.3.up: {str(dtype)[6:]} numbers .* FIX: convert the model"
+    with pytest.raises(ExpertlyError, match=said):
+        quantize(torch.ones(16, 64).to(dtype), bits, name="layers.3.up")
 
 
 def test_a_row_written_in_place_leaves_the_others():

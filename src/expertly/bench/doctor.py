@@ -1,7 +1,6 @@
 """Look at a machine as a doctor would: what it has, what it can do, what is slow and why."""
 
 import os
-import time
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +12,11 @@ from expertly.bench.kernels import (
     packed_speed,
     read_speed,
 )
+from expertly.bench.timing import best_time
 from expertly.receipts import versions
 
 _SIZE = 1024  # a square matrix of this many rows is compute-bound and takes milliseconds
+_ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +106,5 @@ def _cores() -> int:
 def matmul_speed(dtype: torch.dtype, device: str) -> float:
     """GFLOP/s of a square product, the best of several."""
     a, b = (torch.randn(_SIZE, _SIZE).to(device, dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        float((a @ b)[0, 0])  # reading a value waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * _SIZE**3 / best / 1e9
+    # reading a value waits for the device
+    return 2 * _SIZE**3 / best_time(lambda: float((a @ b)[0, 0]), _ROUNDS) / 1e9

@@ -1,10 +1,8 @@
 """The packed kernels on this machine: for which instruction set, how fast, and what is lost."""
 
-import time
-from collections.abc import Callable
-
 import torch
 
+from expertly.bench.timing import best_time
 from expertly.kernels.native import ISAS, library
 from expertly.kernels.native_read import read_words
 from expertly.kernels.packed import empty_packed
@@ -12,7 +10,7 @@ from expertly.kernels.packed_linear import packed_linear
 
 _NAMES = {"portable": "portable C++", "avx2": "AVX2", "avx512": "AVX-512 VNNI"}
 _SIZE, _TOKENS = 2048, 256  # of a product that is compute-bound and takes milliseconds
-_READ = 2**28  # bytes that no cache holds
+_READ = 2**28  # bytes: more than a desktop CPU's cache; a large server's may hold a part
 _ROUNDS = 6
 
 
@@ -31,7 +29,8 @@ def kernels_name(isa: str | None) -> str:
 def packed_speed() -> float:
     """GOP/s of a product with weights of 4 bits, of all threads."""
     weight, x = empty_packed((_SIZE, _SIZE), 4, 32), torch.ones(_TOKENS, _SIZE)
-    return 2.0 * _TOKENS * _SIZE**2 / _best(lambda: packed_linear(x, weight)) / 1e9
+    seconds = best_time(lambda: packed_linear(x, weight), _ROUNDS)
+    return 2.0 * _TOKENS * _SIZE**2 / seconds / 1e9
 
 
 def read_speed() -> float | None:
@@ -39,7 +38,7 @@ def read_speed() -> float | None:
     if library() is None:
         return None
     words = torch.ones(_READ // 8, dtype=torch.int64)
-    return words.nbytes / _best(lambda: read_words(words)) / 1e9
+    return words.nbytes / best_time(lambda: read_words(words), _ROUNDS) / 1e9
 
 
 def kernel_findings(isa: str | None) -> list[str]:
@@ -47,18 +46,8 @@ def kernel_findings(isa: str | None) -> list[str]:
     if isa is None:
         lost = "models opened with bits= compute with torch, many times slower"
         fix = "install a C++ compiler, then pip install --force-reinstall --no-deps from source"
-        return [f"the compiled kernels are not built, so {lost}: {fix}"]
+        return [f"the compiled kernels are not built, or for another version, so {lost}: {fix}"]
     if isa == "portable":
         lost = "models opened with bits= are several times slower than they could be"
         return [f"only portable kernels run here, so {lost}: use a CPU with AVX2 or AVX-512 VNNI"]
     return []
-
-
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest round."""
-    times = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)

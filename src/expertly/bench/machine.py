@@ -3,7 +3,6 @@
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 import torch
 
 from expertly.bench.doctor import matmul_speed
+from expertly.bench.timing import best_time
 from expertly.kernels.native_read import read_words
 
 # formats that a model can be run in here, and torch's names for them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_WORKING_SET = 2**30  # bytes: ten times the largest cache of a desktop CPU
+_WORKING_SET = 2**30  # bytes: ten times a desktop CPU's cache, more than nearly any server's
 _ROUNDS = 6
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -73,16 +73,6 @@ def read(words: torch.Tensor) -> None:
     """Read all of a tensor, with our kernels' threads where they are built."""
     if read_words(words) is None:
         words.sum()
-
-
-def best_time(work: Callable[[], object], rounds: int) -> float:
-    """Seconds of the fastest round."""
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def resident_memory() -> float:

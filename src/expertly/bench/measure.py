@@ -236,5 +236,7 @@ def _notes(opened: bool, config: Mapping[str, Any], runs: tuple[Run, ...]) -> It
         on = f" with experts by {run.experts}" if run.experts else ""
         for name, phase in run.phases:
             yield f"gap of {name}{on}: {blame(phase)}"
+    if any(phase.rates for run in runs for _, phase in run.phases):
+        yield "predictions contain the packed kernels' own timings; the roofline is the machine's"
     if (worst := max(busy(run.decode) for run in runs)) > _BUSY:
         yield f"the machine was busy: a median step of decode took {worst:.1f}x the best"

@@ -12,9 +12,11 @@ from expertly.memory import size
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part of a step, in seconds. predicted: roofline and overhead; gap: measured - predicted.
+    """One part of a step, in seconds. gap: measured - predicted.
 
-    overhead: of its Python and its calls, as the same model has it with matrices that are nothing.
+    roofline: what the machine's memory and products allow. predicted: that and the overhead; of
+    packed weights the kernels' own time in place of the roofline. overhead: of its Python and its
+    calls, as the same model has it with matrices that are nothing.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Phase:
     median: float
     best: float
     error: float
-    roofline: float  # without any overhead
+    roofline: float  # of the machine alone: no overhead, no kernel's own rate
     overhead: float
     parts: tuple[Part, ...]
     rates: dict[str, float]  # FLOP/s of packed kernels at its tokens, by format and part

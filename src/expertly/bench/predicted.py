@@ -81,26 +81,30 @@ def predict(expected: Expected, device: Device, load: Load, overhead: float) -> 
 
 
 def phase_of(timed: Timed, expected: Expected, machine: Machine) -> Phase:
-    """One phase beside its prediction."""
-    shape, device = expected.shape, as_device(machine, timed.rates)
-    nothing = min(timed.nothing)
+    """One phase beside its prediction.
+
+    The roofline is the machine's alone; what is predicted knows the rates of the packed kernels.
+    """
+    shape, load, nothing = expected.shape, timed.load, min(timed.nothing)
     overhead = nothing / len(shape.layers)
-    step = predict(expected, device, timed.load, overhead)
+    step = predict(expected, as_device(machine, timed.rates), load, overhead)
+    roofline = predict(expected, as_device(machine), load, 0.0)
     best = step.tokens / min(timed.steps)
+    least, own = _by_module(shape, roofline), _by_module(shape, step)
     return Phase(
         predicted=step.tokens_per_second,
         best=best,
         median=step.tokens / median(timed.steps),
         error=error(step.tokens_per_second, best),
-        roofline=predict(expected, device, timed.load, 0.0).tokens_per_second,
+        roofline=roofline.tokens_per_second,
         overhead=overhead,
-        parts=tuple(_parts(_roofline(shape, step), nothing, timed.parts, timed.calls)),
+        parts=tuple(_parts(least, own, nothing, timed)),
         rates=dict(timed.rates),
     )
 
 
-def _roofline(shape: Shape, step: Step) -> dict[str, float]:
-    """Seconds by part, under the names of the modules that they are spent in."""
+def _by_module(shape: Shape, step: Step) -> dict[str, float]:
+    """Seconds by part without overhead, under the names of the modules that they are spent in."""
     by_part = dict(step.by_part)
     by_part.pop("overhead", None)
     by_part["attention"] = by_part.get("attention", 0.0) + by_part.pop("kv cache", 0.0)
@@ -110,22 +114,22 @@ def _roofline(shape: Shape, step: Step) -> dict[str, float]:
 
 
 def _parts(
-    roofline: Mapping[str, float],
-    overhead: float,
-    measured: Mapping[str, float],
-    calls: Mapping[str, float],
+    roofline: Mapping[str, float], own: Mapping[str, float], overhead: float, timed: Timed
 ) -> Iterator[Part]:
-    """Every part that took or should take time. The overhead is shared out as `calls` took it."""
-    share = overhead / sum(calls.values())
+    """Every part that took or should take time. The overhead is shared out as the calls took it.
+
+    own: its seconds at the kernels' own rates.
+    """
+    share = overhead / sum(timed.calls.values())
     for name in (*PARTS, REST):
-        least, extra = roofline.get(name, 0.0), share * calls.get(name, 0.0)
-        took = measured.get(name, 0.0)
-        if least or extra or took:
+        extra, took = share * timed.calls.get(name, 0.0), timed.parts.get(name, 0.0)
+        predicted = own.get(name, 0.0) + extra
+        if predicted or took:
             yield Part(
                 name=name,
-                roofline=least,
+                roofline=roofline.get(name, 0.0),
                 overhead=extra,
-                predicted=least + extra,
+                predicted=predicted,
                 measured=took,
-                gap=took - least - extra,
+                gap=took - predicted,
             )

@@ -17,7 +17,7 @@ from expertly.bench.machine import read
 from expertly.bench.steps import parted
 from expertly.models.loading import Model
 
-_WORDS = 2**28  # bytes to go through, again and again: more than any cache
+_WORDS = 2**28  # bytes to go through, again and again: more than all but large servers' caches
 
 
 class Sweep:

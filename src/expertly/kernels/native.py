@@ -56,7 +56,7 @@ class Library:
         """
         x = x.contiguous()
         *lead, width = x.shape
-        kind, dtype, count = _kind(x), x.dtype, len(weights)
+        kind, count = type_of(x), len(weights)
         outs = []
         for weight, bias in zip(weights, biases, strict=True):
             out, cols = weight.shape
@@ -64,7 +64,7 @@ class Library:
                 raise _misfit(x, weight)
             if bias is not None:
                 check_bias(bias, (out,))
-            outs.append(torch.empty(*lead, out, dtype=dtype))
+            outs.append(x.new_empty(*lead, out))
         code = self._linears(
             self.isa,
             torch.get_num_threads(),
@@ -87,11 +87,11 @@ class Library:
 
         bias: (experts, out) float32 or None; counts: (experts,) int64.
         """
-        x, counts, kind = x.contiguous(), counts.contiguous(), _kind(x)
-        _check_width(x, weight)
+        x, counts, kind = x.contiguous(), counts.contiguous(), type_of(x)
+        _check_rows(x, weight)
         check_bias(bias, weight.shape[:-1])
         _check_integers("counts", counts, (weight.experts,))
-        out = torch.empty(len(x), weight.shape[-2], dtype=x.dtype)
+        out = x.new_empty(len(x), weight.shape[-2])
         code = self._grouped(
             self.isa,
             torch.get_num_threads(),
@@ -123,15 +123,15 @@ class Library:
         ids: (tokens, top_k) int64, weights: (tokens, top_k); ids outside the experts and weights
         of 0 are skipped. Biases are (experts, rows) float32 or None.
         """
-        x, ids, kind = x.contiguous(), ids.contiguous(), _kind(x)
+        x, ids, kind = x.contiguous(), ids.contiguous(), type_of(x)
         weights, (tokens, top_k) = weights.float().contiguous(), weights.shape
-        _check_width(x, gate_up)
+        _check_rows(x, gate_up)
         check_bias(gate_up_bias, gate_up.shape[:-1])
         check_bias(down_bias, down.shape[:-1])
         _check_integers("ids", ids, (tokens, top_k))
-        if len(x) != tokens:
-            raise ValueError(f"experts: {tokens} tokens' weights for {len(x)} tokens")
-        out = torch.empty(tokens, down.shape[-2], dtype=x.dtype)
+        if len(x) != tokens or not weights.is_cpu:
+            raise ValueError(f"experts: {tokens} tokens' weights for {len(x)} tokens on the CPU")
+        out = x.new_empty(tokens, down.shape[-2])
         code = self._experts(
             self.isa,
             torch.get_num_threads(),
@@ -164,12 +164,12 @@ class Library:
         (dim,) = weight.shape
         if x.shape[-1] != dim:
             raise ValueError(f"rms_norm: x is {tuple(x.shape)}, its weight ({dim},)")
-        x_kind, weight_kind = _kind(x), _kind(weight)
+        x_kind, weight_kind = type_of(x), type_of(weight)
         wide = once or x_kind <= weight_kind  # 0 is float32, the wider one
         out = torch.empty_like(x) if wide else torch.empty_like(x, dtype=weight.dtype)
         kinds = x_kind, weight_kind, x_kind if wide else weight_kind
         places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-        rows = x.numel() // dim
+        rows = x.numel() // max(dim, 1)  # no width is refused on the other side
         code = self._norm(self.isa, abi.norm(*places, rows, dim, *kinds, once, eps, offset))
         abi.check("rms_norm", code)
         return out
@@ -185,29 +185,38 @@ def library() -> Library | None:
 class _Native(NamedTuple):
     """A packed weight as the kernels take it."""
 
-    weight: abi.Weight
+    struct: abi.Weight
     address: int
 
 
 def address_of(weight: PackedWeight) -> int:
-    """Where the weight's struct lies; it is made once and kept beside the tensors."""
+    """Where the weight's struct lies: made once, kept beside the tensors, true wherever they go."""
     kept = weight.__dict__.get("_native")
-    if kept is None:
-        zeros, (out, cols) = weight.zeros, weight.shape[-2:]
-        made = abi.Weight(
-            weight.data.data_ptr(),
-            pointer(weight.scales),
-            pointer(zeros),
-            weight.bits,
-            weight.group_size,
-            _ZERO_KINDS[None if zeros is None else zeros.dtype],
-            weight.experts,
-            out + -out % 16,
-            cols,
-            out,
-        )
-        kept = weight.__dict__["_native"] = _Native(made, ctypes.addressof(made))
+    if kept is None:  # of two threads' the first one counts
+        kept = weight.__dict__.setdefault("_native", _native_of(weight))
+    struct, places = kept.struct, _places(weight)
+    if places != (struct.data, struct.scales, struct.zeros):  # sharing memory moves tensors
+        struct.data, struct.scales, struct.zeros = places
     return kept.address
+
+
+def _native_of(weight: PackedWeight) -> _Native:
+    zeros, (out, cols) = weight.zeros, weight.shape[-2:]
+    made = abi.Weight(
+        *_places(weight),
+        weight.bits,
+        weight.group_size,
+        _ZERO_KINDS[None if zeros is None else zeros.dtype],
+        weight.experts,
+        out + -out % 16,
+        cols,
+        out,
+    )
+    return _Native(made, ctypes.addressof(made))
+
+
+def _places(weight: PackedWeight) -> tuple[int, int | None, int | None]:
+    return weight.data.data_ptr(), pointer(weight.scales), pointer(weight.zeros)
 
 
 @functools.cache
@@ -219,15 +228,18 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _kind(x: Tensor) -> int:
+def type_of(x: Tensor) -> int:
+    """A tensor's dtype in C. Raises ValueError for one that the kernels cannot read."""
+    if not x.is_cpu:
+        raise ValueError(f"native kernels run on the CPU, not on {x.device}")
     try:
         return TYPES[x.dtype]
     except KeyError:
         raise ValueError(f"native kernels read float32 and bfloat16, not {x.dtype}") from None
 
 
-def _check_width(x: Tensor, weight: PackedWeight) -> None:
-    if x.shape[-1] != weight.shape[-1]:
+def _check_rows(x: Tensor, weight: PackedWeight) -> None:
+    if x.dim() != 2 or x.shape[1] != weight.shape[-1]:
         raise _misfit(x, weight)
 
 
@@ -238,12 +250,15 @@ def _misfit(x: Tensor, weight: PackedWeight) -> ValueError:
 def check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> None:
     if bias is None:
         return
-    if bias.shape != shape or bias.dtype != torch.float32 or not bias.is_contiguous():
-        raise ValueError(f"a bias must be contiguous float32 {shape}, not {tuple(bias.shape)}")
+    right = bias.shape == shape and bias.dtype == torch.float32 and bias.is_cpu
+    if not right or not bias.is_contiguous():
+        found = f"{tuple(bias.shape)} {bias.dtype} on {bias.device}"
+        raise ValueError(
+            f"a bias must be contiguous float32 {tuple(shape)} on the CPU, not {found}"
+        )
 
 
 def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape or tensor.dtype != torch.int64:
-        found = f"{tuple(tensor.shape)} {tensor.dtype}"
-        raise ValueError(f"{name} must be {shape} int64, not {found}")
-
+    if tensor.shape != shape or tensor.dtype != torch.int64 or not tensor.is_cpu:
+        found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} must be {shape} int64 on the CPU, not {found}")

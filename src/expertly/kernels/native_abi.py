@@ -6,7 +6,9 @@ from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+ABI = 1  # EXPERTLY_ABI of expertly.h
 _OPENMP = ("libgomp.so.1", "libomp.so", "libomp.so.5", "libomp.dylib")
+_NO_MEMORY = -14
 WRONG = {
     -1: "a tensor is missing",
     -2: "this machine lacks the instruction set asked for",
@@ -21,7 +23,7 @@ WRONG = {
     -11: "counts are negative or do not add up to the rows",
     -12: "the gate is unknown",
     -13: "the weights do not fit one another",
-    -14: "no memory",
+    _NO_MEMORY: "no memory",
     -15: "a tensor's address is not a multiple of its item size",
     -20: "heads must be a multiple of 32 wide and divide into those of the cache",
     -21: "the cache has no room for another token",
@@ -142,7 +144,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "rms_norm": (c_int, c_void_p),
     "attend": (*_RUN, *[c_void_p] * 2, c_int, c_int64, c_void_p),
     "route": (c_int, c_void_p, *_TYPED, c_int64, *_TYPED, *_TYPED, c_void_p),
-    "decode_layer": (*_RUN, *[c_void_p] * 3, c_int, c_int64, *[c_void_p] * 2),
+    "decode_layers": (*_RUN, c_int64, *[c_void_p] * 3, c_int, c_int64, *[c_void_p] * 2),
     "read": (c_int, c_void_p, c_int64, c_void_p),
 }
 
@@ -151,9 +153,14 @@ norm = struct.Struct("3P2q4i2f").pack  # a Norm, made faster; bytes go as their 
 
 
 def load(path: Path) -> ctypes.CDLL | None:
-    """Open the library, None if that fails; the OpenMP runtime is the one that torch has loaded."""
-    if not path.exists():
-        return None
+    """Open the library; None if that fails, or if it was built from sources with another ABI."""
+    handle = _opened(path) if path.exists() else None
+    number = getattr(handle, "expertly_abi", None)
+    return handle if number is not None and number() == ABI else None
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """The library, with the OpenMP runtime that torch has loaded."""
     for runtime in (None, *_OPENMP):
         try:
             if runtime is not None:  # this torch keeps its own to itself
@@ -172,9 +179,10 @@ def typed(handle: ctypes.CDLL, name: str) -> Any:
 
 
 def check(name: str, code: int) -> None:
-    """Raise ValueError for a function that refused its arguments, with the reason."""
+    """Raise ValueError for a function that refused its arguments, MemoryError where it had none."""
     if code:
-        raise ValueError(f"{name}: {WRONG.get(code, f'error {code}')}")
+        error = MemoryError if code == _NO_MEMORY else ValueError
+        raise error(f"{name}: {WRONG.get(code, f'error {code}')}")
 
 
 def addresses(each: list[int]) -> bytes:

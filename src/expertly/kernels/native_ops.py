@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expertly.kernels import native_abi as abi
-from expertly.kernels.native import TYPES, library, pointer
+from expertly.kernels.native import TYPES, library, pointer, type_of
 
 NORMS = ("none", "each head", "all heads", "each rotated head")
 SCORES = ("softmax", "sigmoid", "softmax of the chosen")
@@ -92,16 +92,17 @@ class Operations:
         all heads. Raises ValueError for tensors that do not fit one another.
         """
         _check_attention(form, new, room)
-        q, shape = new.q, attention_of(form, q_norm, k_norm)
+        q, kind = new.q, type_of(new.q)
+        shape = attention_of(form, q_norm, k_norm)
         now = decoding_of(new.cos, new.sin, room, length)
         now.q, now.k, now.v = q.data_ptr(), new.k.data_ptr(), new.v.data_ptr()
-        out = torch.empty(room.batch, form.heads * form.head_dim, dtype=q.dtype)
+        out = q.new_empty(room.batch, form.heads * form.head_dim)
         code = self._attend(
             self._isa,
             torch.get_num_threads(),
             byref(shape),
             byref(now),
-            TYPES[q.dtype],
+            kind,
             room.batch,
             out.data_ptr(),
         )
@@ -118,14 +119,14 @@ class Operations:
         _check_router(x, weight, bias)
         router, experts = router_of(form, weight, bias), len(weight)
         tokens = x.shape[0]
-        logits = torch.empty(tokens, experts, dtype=form.logits_dtype)
-        weights = torch.empty(tokens, form.top_k, dtype=form.weights_dtype)
-        ids = torch.empty(tokens, form.top_k, dtype=torch.int64)
+        logits = x.new_empty(tokens, experts, dtype=form.logits_dtype)
+        weights = x.new_empty(tokens, form.top_k, dtype=form.weights_dtype)
+        ids = x.new_empty(tokens, form.top_k, dtype=torch.int64)
         code = self._route(
             self._isa,
             byref(router),
             x.data_ptr(),
-            TYPES[x.dtype],
+            type_of(x),
             tokens,
             logits.data_ptr(),
             TYPES[form.logits_dtype],
@@ -141,10 +142,12 @@ def attention_of(
     form: AttentionForm, q_norm: Tensor | None, k_norm: Tensor | None
 ) -> abi.Attention:
     """A form in C, with the weights of its norms. Raises ValueError where those do not fit it."""
+    if q_norm is not None and k_norm is not None and q_norm.dtype is not k_norm.dtype:
+        raise ValueError(f"attention: norms of {q_norm.dtype} and {k_norm.dtype}")
     return abi.Attention(
         *form[:5],
         NORMS.index(form.norm),
-        0 if q_norm is None else TYPES[q_norm.dtype],
+        0 if q_norm is None else type_of(q_norm),
         form.eps,
         _norm_pointer(form, q_norm, form.heads),
         _norm_pointer(form, k_norm, form.kv_heads),
@@ -170,7 +173,7 @@ def router_of(form: RouterForm, weight: Tensor, bias: Tensor | None) -> abi.Rout
     return abi.Router(
         weight.data_ptr(),
         pointer(bias),
-        TYPES[weight.dtype],
+        type_of(weight),
         SCORES.index(form.score),
         *weight.shape,
         form.top_k,
@@ -212,6 +215,8 @@ def _norm_pointer(form: AttentionForm, weight: Tensor | None, heads: int) -> int
         return None
     if weight.numel() != form.head_dim * (heads if form.norm == "all heads" else 1):
         raise ValueError(f"attention: a norm of {weight.numel()} numbers does not fit its heads")
+    if not weight.is_contiguous() or not weight.is_cpu:
+        raise ValueError("attention: a norm must be contiguous, on the CPU")
     return weight.data_ptr()
 
 
@@ -220,5 +225,9 @@ def _check_router(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"router: x is {tuple(x.shape)}, its weight {tuple(weight.shape)}")
     if not (x.is_contiguous() and weight.is_contiguous()):
         raise ValueError("router: tensors must be contiguous")
-    if bias is not None and (bias.dtype != torch.float32 or bias.numel() != weight.shape[0]):
-        raise ValueError("router: the bias must be float32, one for each expert")
+    if bias is None:
+        return
+    if bias.dtype != torch.float32 or bias.numel() != len(weight) or not bias.is_cpu:
+        raise ValueError("router: the bias must be float32, one for each expert, on the CPU")
+    if not bias.is_contiguous():
+        raise ValueError("router: the bias must be contiguous")

@@ -185,7 +185,7 @@ def dequantize(
 ) -> Tensor:
     """The weights as numbers: of the logical shape, or (out, in) of one expert."""
     chosen = range(packed.experts) if expert is None else [expert]
-    out = torch.empty(len(chosen), *packed.shape[-2:], dtype=dtype)
+    out = packed.data.new_empty(len(chosen), *packed.shape[-2:], dtype=dtype)
     for matrix, index in zip(out, chosen, strict=True):
         for rows in row_chunks(*packed.shape[-2:]):
             matrix[rows] = dequantize_rows(packed, index, rows)

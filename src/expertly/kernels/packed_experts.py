@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertly.errors import ExpertlyError
 from expertly.kernels.gate import apply_gate, is_hooked
 from expertly.kernels.grouped import Order, combine, dispatch, sort_by_expert
 from expertly.kernels.native import Gate
@@ -80,21 +81,34 @@ class PackedExperts(PackedModule):
         """Pack one dense projection in place, so that loading can let it go at once.
 
         name: gate, up or down; weight: (out, in) of one expert, or (experts, out, in) of all, of
-        any strides. Raises E301 for values that are not finite.
+        any strides. Raises E301 for another shape or values that are not finite.
         """
         packed = self.down if name == "down" else self.gate_up
-        weight = F.pad(weight, (0, packed.shape[-1] - weight.shape[-1]))
+        out, width = (self.dim, self.hidden) if name == "down" else (self.hidden, self.dim)
+        self._check(f"{name}_proj", weight, (out, width), expert)
+        padding = packed.shape[-1] - width
         matrices = enumerate(weight) if expert is None else [(expert, weight)]
         for index, matrix in matrices:
             what = f"{name}_proj of expert {index}"
-            quantize_rows(packed, matrix, index, self._start(name), search=search, name=what)
+            even = F.pad(matrix, (0, padding)) if padding else matrix
+            quantize_rows(packed, even, index, self._start(name), search=search, name=what)
 
     def write_bias(self, name: str, bias: Tensor) -> None:
-        """Put one projection's biases (experts, out) in place."""
+        """Put one projection's biases (experts, out) in place. Raises E301 for another shape."""
         held = self.down_bias if name == "down" else self.gate_up_bias
         assert held is not None
+        self._check(f"{name}_proj_bias", bias, (self.dim if name == "down" else self.hidden,))
         start = self._start(name)
         held[:, start : start + bias.shape[-1]] = bias.detach()
+
+    def _check(
+        self, name: str, weight: Tensor, shape: tuple[int, ...], expert: int | None = None
+    ) -> None:
+        """Refuse what would be cropped, or written over others."""
+        wanted = (self.num_experts, *shape) if expert is None else shape
+        if weight.shape != wanted:
+            why = f"found {tuple(weight.shape)}, expected {wanted}"
+            raise ExpertlyError("E301", name, why, fix="fetch or convert the model again")
 
     def _start(self, name: str) -> int:
         """A projection's first row."""

@@ -36,9 +36,13 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
-        if fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
+        tried = fn(torch.zeros(1, dtype=torch.uint8, device="cpu"))
+        if tried.device.type != "cpu":
             why = "packed weights run on the CPU"
             raise ExpertlyError("E202", "device", why, fix="leave the model there")
+        if tried.is_shared():  # by share_memory(), which moves tensors in place
+            for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+                fn(tensor)
         return self
 
 
@@ -76,8 +80,7 @@ def packed_linears(
 
     Differentiable by x and the biases. Under autocast in its dtype, as torch's linear.
     """
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
+    x = x.to(compute_dtype(x))
     if torch.is_grad_enabled() and _asks_gradient(x, biases):
         return list(_PackedLinears.apply(x, weights, *biases))
     return _linears(x, weights, biases)
@@ -95,9 +98,11 @@ def grouped_packed_linear(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear of x answers in: x's own, or autocast's."""
+    """The dtype a linear of x answers in: x's own, or autocast's, which leaves float64 alone."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def native_for(x: Tensor) -> Library | None:

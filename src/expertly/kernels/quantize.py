@@ -35,7 +35,8 @@ def quantize(
 
     symmetric=False gives each group an integer zero point, or, with minimum, a float16 minimum;
     search takes the scales of least squared error from a grid. At 16 bits, bfloat16 without
-    groups. Raises E202, or E301 with the name for values that are not finite.
+    groups. Raises E202, also for float8 and integers, or E301 with the name for values that are not
+    finite.
     """
     points = None if symmetric or bits == 16 else torch.float16 if minimum else torch.uint8
     groups = 0 if bits == 16 else group_size
@@ -57,13 +58,15 @@ def quantize_rows(
 ) -> None:
     """Write the rows of weight (rows, in), of any strides, in place from row start.
 
-    start: a multiple of 16. Raises E301 as quantize does.
+    start: a multiple of 16. Raises E301 and E202 as quantize does.
     """
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise _quantised(weight, name)
     for rows in row_chunks(*weight.shape):
         chunk = weight[rows].detach()
         low, high = chunk.aminmax()
         if not bool((low.float().abs() < torch.inf) & (high.float().abs() < torch.inf)):
-            raise _not_finite(weight, name)
+            raise _too_large(name) if bool(weight.isfinite().all()) else _not_finite(weight, name)
         levels = _rounded(chunk, packed, search)
         if not _finite(levels):
             raise _too_large(name)
@@ -90,11 +93,11 @@ def _levels(
     """Round groups (rows, groups, group_size) to what their range (rows, groups) asks for."""
     top = (1 << bits) - 1
     if kind is None:
-        scales = _symmetric_scale(low, high, bits).half()
+        scales = _half(_symmetric_scale(low, high, bits))
     else:
         if kind == torch.uint8:  # a zero point must lie among the levels
             low, high = low.clamp(max=0), high.clamp(min=0)
-        scales = ((high - low) / top).half()
+        scales = _half((high - low) / top)
     inverse = torch.where(scales == 0, 0, 1 / scales.float())
     if kind is None:
         zeros, offset = None, torch.full_like(inverse, 1 << (bits - 1))
@@ -106,6 +109,13 @@ def _levels(
         offset = -zeros.float() * inverse
     scaled = torch.addcmul(offset.unsqueeze(-1), groups, inverse.unsqueeze(-1))
     return Levels(scaled.round_().clamp_(0, top).to(torch.uint8), scales, zeros)
+
+
+def _half(scales: Tensor) -> Tensor:
+    """To float16; below its normal numbers away from 0, so that no end of a range is cut off."""
+    size = scales.abs()
+    away = torch.copysign((size * 2**24).ceil() * 2**-24, scales)
+    return torch.where(size < 2**-14, away, scales).half()
 
 
 def _symmetric_scale(low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -140,6 +150,11 @@ def _not_finite(weight: Tensor, name: str) -> ExpertlyError:
     bad = weight.numel() - int(weight.isfinite().sum())
     why = f"{bad} of {weight.numel()} values are not finite numbers"
     return ExpertlyError("E301", name, why, fix="fetch or convert the model again")
+
+
+def _quantised(weight: Tensor, name: str) -> ExpertlyError:
+    why = f"{str(weight.dtype).removeprefix('torch.')} numbers mean nothing without their scales"
+    return ExpertlyError("E202", name, why, fix="convert the model to bfloat16 first")
 
 
 def _too_large(name: str) -> ExpertlyError:

@@ -133,6 +133,13 @@ def growing(cache: Any) -> Any:
     return cache
 
 
+def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
+    """A cache's layer, if it grows in steps and stays where it is."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    return layer if type(layer) is GrowingLayer and not cache.offloading else None
+
+
 def grow_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook: the cache that a model is called with grows in steps."""
     if kwargs.get("past_key_values") is not None:

@@ -1,7 +1,8 @@
 """Make a model's decoding lean: the Python between its matrices, not the matrices.
 
 A stock decode step spends its time on hundreds of tiny operations. Here norms, routers and the
-attention of one new token become one native call each. The model stays a transformers class with
+attention of one new token become one native call each; a layer of such parts becomes one call; and
+so does a whole stack of such layers. The model stays a transformers class with
 its own modules, names and hooks; only `forward` of some modules is another function. Each of them
 is tried beside the stock forward first, on random numbers, and left alone where it does not answer
 the same. For inference on a CPU; with gradients the stock code runs.
@@ -18,6 +19,7 @@ from expertly.models.lean_forward import lean_of
 from expertly.models.lean_layer import lean_layer
 from expertly.models.lean_norm import lean_norm
 from expertly.models.lean_router import lean_routers
+from expertly.models.lean_stack import lean_stack
 
 
 @inference_mode()
@@ -46,6 +48,10 @@ def make_lean(model: PreTrainedModel) -> None:
         layer = lean_layer(module, kernels, model.dtype)
         if layer is not None:
             layer.bind(module)
+    for module in model.modules():  # and of these
+        stack = lean_stack(module, kernels, model.dtype)
+        if stack is not None:
+            stack.bind(module)
 
 
 def undo_lean(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from expertly.kernels.native_ops import AttentionForm, New, Operations, operations
 from expertly.kernels.packed_linear import PackedLinear, packed_linears
-from expertly.models.cache import GrowingLayer, growing
+from expertly.models.cache import GrowingLayer, growing, growing_layer
 from expertly.models.lean_forward import LeanForward, agree, guarded, hooked, lean_of, plain, random
 from expertly.models.lean_norm import LeanNorm, with_drawn_weight
 
@@ -71,9 +71,7 @@ class LeanAttention(LeanForward):
             or any(hooked(module._modules[name]) for name in self.passed)
         ):
             return None
-        layers = cache.layers
-        layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-        return layer if type(layer) is GrowingLayer and not cache.offloading else None
+        return growing_layer(cache, module.layer_idx)
 
     def as_tried(self, module: Any) -> bool:
         """Whether nobody has changed the module since, nor the norms that native code passes by."""

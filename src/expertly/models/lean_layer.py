@@ -14,15 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from expertly.kernels.native import address_of, library, pointer
-from expertly.kernels.native_layer import ExpertsPart, LayerParts, NativeLayer, NormPart
+from expertly.kernels.native import Library, library
+from expertly.kernels.native_layers import ExpertsPart, LayerParts, NativeLayers, NormPart
+from expertly.kernels.native_ops import AttentionForm, Room
 from expertly.kernels.packed_experts import PackedExperts, known_gate
 from expertly.kernels.packed_linear import PackedLinear
-from expertly.models.cache import GrowingLayer, growing
+from expertly.models.cache import GrowingLayer, growing, growing_layer
 from expertly.models.lean_attention import PROJECTIONS, LeanAttention
-from expertly.models.lean_forward import LeanForward, guarded, hooked, lean_of, random, settings_of
+from expertly.models.lean_forward import (
+    LeanForward,
+    guarded,
+    hooked,
+    lean_of,
+    plain,
+    random,
+    settings_of,
+)
 from expertly.models.lean_norm import LeanNorm
-from expertly.models.lean_router import LeanRouter
+from expertly.models.lean_router import MOST, LeanRouter
+from expertly.models.lean_watch import Watch
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _BLOCKS = ("mlp", "block_sparse_moe")
@@ -39,55 +49,75 @@ class LeanLayer(LeanForward):
 
     def __init__(self, native: Any, block: str, whole: bool):
         self.native, self.block, self.whole = native, block, whole
-        self.kept: tuple[tuple, NativeLayer] | None = None
+        self.kept: tuple[torch.dtype, Watch, NativeLayers] | None = None
 
     def bind(self, module: nn.Module) -> None:
         super().bind(module)
-        self.block_settings = settings_of(getattr(module, self.block))
+        self.remember(module)
+
+    def remember(self, module: nn.Module) -> None:
+        """Take the module's numbers and switches as those it is tried with."""
+        self.settings = settings_of(module)
+        self.block_settings = settings_of(module._modules[self.block])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "kept": None}  # it points into the tensors of this one
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        layer = self._cache_layer(module, args, kwargs) if self.native is not None else None
-        parts = None if layer is None else self._parts(module, args[0])
-        if parts is None:
-            return type(module).forward(module, *args, **kwargs)
-        return self._decode(module, args[0], kwargs["position_embeddings"], layer, parts)
+        answer = self.decoded(module, args[0], kwargs) if len(args) == 1 else None
+        return type(module).forward(module, *args, **kwargs) if answer is None else answer
 
-    def _cache_layer(self, module: Any, args: tuple, given: dict[str, Any]) -> GrowingLayer | None:
-        """Where the cache takes one new token; None: not a case for native code."""
-        attention = module._modules["self_attn"]
-        lean = lean_of(attention)
-        if len(args) != 1 or not isinstance(lean, LeanAttention) or not self.unchanged(module):
+    def decoded(self, module: Any, x: Any, given: dict[str, Any]) -> Tensor | None:
+        """The native answer to x (batch, 1, dim); None where it is not a case for native code."""
+        angles, cache = given.get("position_embeddings"), given.get("past_key_values")
+        if not one_token(x) or given.get("attention_mask") is not None:
             return None
-        x = args[0]
-        if hooked(attention) or not lean.as_tried(attention) or not x.is_contiguous():
+        layer = growing_layer(cache, module.self_attn.layer_idx)
+        native = None if layer is None or not isinstance(angles, tuple) else self._ready(module, x)
+        if native is None or layer is None:
             return None
-        return lean.cache_layer(attention, {**given, "hidden_states": x})
+        length, room = layer.get_seq_length(), room_of(layer, native.parts[0].form, x)
+        y, normed = native.decode(x, angles, [room], length)
+        layer.advance()
+        return y if self.whole else y + module._modules[self.block](normed)
 
-    def _parts(self, module: Any, x: Tensor) -> LayerParts | None:
-        """What the native call is made of; None where anybody would miss a call of his own."""
+    def _ready(self, module: Any, x: Tensor) -> NativeLayers | None:
+        """The native call; None where anybody would miss a call of his own."""
+        if self.kept is None or self.kept[0] is not x.dtype or not self.kept[1].unchanged():
+            parts = self.parts(module, x)
+            if parts is None:
+                return None
+            passed = ["self_attn", *_NORMS, *([self.block] if self.whole else [])]
+            watch = Watch(module, [module._modules[name] for name in passed])
+            self.kept = x.dtype, watch, NativeLayers(self.native, [parts])
+        return self.kept[2]
+
+    def parts(self, module: Any, x: Tensor) -> LayerParts | None:
+        """What the native call is made of for inputs like x; None where it may not be made."""
         modules = module._modules
         norms = [_norm_part(modules[name], x.dtype) for name in _NORMS]
         attention, block = modules["self_attn"], modules[self.block]
         projections = [attention._modules[name] for name in PROJECTIONS]
-        if None in norms or any(type(p) is not PackedLinear or hooked(p) for p in projections):
+        lean = lean_of(attention)
+        if (
+            None in norms
+            or self.native is None
+            or module.training
+            or not self.unchanged(module)
+            or hooked(attention)
+            or not isinstance(lean, LeanAttention)
+            or lean.dtype is not x.dtype
+            or not lean.as_tried(attention)
+            or any(type(each) is not PackedLinear for each in projections)
+            or any(hooked(each) for each in attention._modules.values())
+        ):
             return None
         experts = self._experts_part(block, x) if self.whole else None
         if self.whole and experts is None:
             return None
-        lean = lean_of(attention)
-        assert isinstance(lean, LeanAttention)
         own = [attention._modules[name].weight for name in lean.norms or ()] or [None, None]
-        return LayerParts(
-            (norms[0], norms[1]),
-            tuple(p.weight for p in projections),
-            tuple(p.bias for p in projections),
-            lean.form,
-            *own,
-            experts,
-        )
+        weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+        return LayerParts((norms[0], norms[1]), weights, biases, lean.form, *own, experts)
 
     def _experts_part(self, block: Any, x: Tensor) -> ExpertsPart | None:
         router, experts = _router_and_experts(block)
@@ -111,24 +141,8 @@ class LeanLayer(LeanForward):
         stacks = packed.gate_up, packed.down, packed.gate_up_bias, packed.down_bias
         return ExpertsPart(lean.form, router.weight, bias, *stacks, gate)
 
-    def _decode(
-        self, module: Any, x: Tensor, angles: tuple, layer: GrowingLayer, parts: LayerParts
-    ) -> Any:
-        like = x.new_empty(len(x), parts.form.kv_heads, 1, parts.form.head_dim)
-        room = layer.room(like, like)
-        assert room is not None
-        y, normed = self._native(parts).decode(x, angles, room, layer.get_seq_length())
-        layer.advance()
-        return y if self.whole else y + module._modules[self.block](normed)
 
-    def _native(self, parts: LayerParts) -> NativeLayer:
-        key = _places(parts)
-        if self.kept is None or self.kept[0] != key:
-            self.kept = key, NativeLayer(self.native, parts)
-        return self.kept[1]
-
-
-def lean_layer(module: nn.Module, native: Any, dtype: torch.dtype) -> LeanLayer | None:
+def lean_layer(module: nn.Module, native: Library, dtype: torch.dtype) -> LeanLayer | None:
     """The lean forward that answers to the bit as a decoder layer's own does; None: it has none.
 
     dtype: the model's. What is inside must be lean already.
@@ -144,35 +158,31 @@ def lean_layer(module: nn.Module, native: Any, dtype: torch.dtype) -> LeanLayer 
 
 def _tried(module: Any, lean: LeanLayer, dtype: torch.dtype) -> bool:
     """Whether one token behind some others gets the same answer and leaves the same cache."""
-    lean.settings = settings_of(module)
-    lean.block_settings = settings_of(module._modules[lean.block])
-    attention = module.self_attn
+    lean.remember(module)
+    attention, own = module.self_attn, type(module).forward
     x = random(1, _PAST + 1, attention.q_proj.in_features, dtype=dtype)
     angles = random(1, _PAST + 1, attention.head_dim // 2, dtype=torch.float32).repeat(1, 1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    cache, own = growing(DynamicCache()), type(module).forward
-    places = torch.arange(_PAST + 1)[None]
+    cache = growing(DynamicCache())
 
     def given(part: slice, cache: Any) -> dict[str, Any]:
         return {
             "attention_mask": None,
-            "position_ids": places[:, part],
+            "position_ids": torch.arange(_PAST + 1)[None, part],
             "past_key_values": cache,
             "use_cache": True,
             "position_embeddings": (cos[:, part], sin[:, part]),
         }
 
-    own(module, x[:, :_PAST], **given(slice(_PAST), cache))
-    copied, last = deepcopy(cache), slice(_PAST, None)
-    args, kwargs = (x[:, last],), given(last, cache)
-    layer = lean._cache_layer(module, args, kwargs)
-    parts = None if layer is None else lean._parts(module, args[0])
-    if parts is None:
+    past, new = slice(_PAST), slice(_PAST, None)
+    own(module, x[:, past], **given(past, cache))
+    copied = deepcopy(cache)
+    ours = lean.decoded(module, x[:, new], given(new, cache))
+    if ours is None:
         return False
-    ours = lean._decode(module, args[0], kwargs["position_embeddings"], layer, parts)
-    stock = own(module, *args, **given(last, copied))
+    stock = own(module, x[:, new], **given(new, copied))
     keys, stock_keys = (each.layers[attention.layer_idx].keys for each in (cache, copied))
-    return torch.equal(ours, stock) and torch.equal(keys, stock_keys)
+    return ours.equal(stock) and keys.equal(stock_keys)
 
 
 def _norm_part(module: Any, dtype: torch.dtype) -> NormPart | None:
@@ -195,28 +205,21 @@ def _router_and_experts(block: Any) -> tuple[Any, Any]:
     return router, experts
 
 
-def _places(parts: LayerParts) -> tuple:
-    """Where everything lies that the struct points to, and what it copies."""
-    experts, norms = parts.experts, parts.norms
-    own = (
-        ()
-        if experts is None
-        else (
-            *experts.form,
-            experts.gate,
-            experts.weight.data_ptr(),
-            pointer(experts.bias),
-            address_of(experts.gate_up),
-            address_of(experts.down),
-            pointer(experts.gate_up_bias),
-            pointer(experts.down_bias),
-        )
-    )
+def one_token(x: Any) -> bool:
+    """Whether native layers take an input: (batch, 1, dim), a few sequences' next tokens."""
     return (
-        *(norm.weight.data_ptr() for norm in norms),
-        *(address_of(weight) for weight in parts.projections),
-        *(pointer(bias) for bias in parts.biases),
-        pointer(parts.q_norm),
-        pointer(parts.k_norm),
-        *own,
+        isinstance(x, Tensor)
+        and x.dim() == 3
+        and x.shape[1] == 1
+        and len(x) <= MOST
+        and plain(x)
+        and x.is_contiguous()
     )
+
+
+def room_of(layer: GrowingLayer, form: AttentionForm, x: Tensor) -> Room:
+    """Room for one more token of each sequence in x."""
+    like = x.new_empty(len(x), form.kv_heads, 1, form.head_dim)
+    room = layer.room(like, like)
+    assert room is not None
+    return room

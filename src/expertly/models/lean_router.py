@@ -13,7 +13,7 @@ from expertly.models.layers import moe_layers, own_policy
 from expertly.models.lean_forward import LeanForward, agree, guarded, plain, random, ulps
 from expertly.moe.policy import Policy
 
-_MOST = 8  # tokens; more of them are a matrix product, which torch does better
+MOST = 8  # tokens; more of them are a matrix product, which torch does better
 
 
 class LeanRouter(LeanForward):
@@ -51,7 +51,7 @@ class LeanRouter(LeanForward):
         weight = module.weight
         return (
             self.native is not None
-            and x.numel() <= _MOST * weight.shape[1]
+            and x.numel() <= MOST * weight.shape[1]
             and (x.dtype, weight.dtype) == self.dtypes
             and not module.training
             and plain(x)
@@ -76,7 +76,7 @@ def lean_routers(
             continue
         if policy.router.startswith("biased") and not hasattr(layer.router, bias or ""):
             continue
-        x = random(_MOST, weight.shape[1], dtype=model.dtype)
+        x = random(MOST, weight.shape[1], dtype=model.dtype)
         lean = guarded(_tried, layer.router, native, form, bias, x)
         if lean is not None:
             yield layer.router, lean

@@ -43,6 +43,8 @@ int run_grouped(int isa, int threads, const expertly_weight *w, const float *bia
 
 using namespace expertly;
 
+int expertly_abi(void) { return EXPERTLY_ABI; }
+
 int expertly_best_isa(void) {
 #if EXPERTLY_X86
   __builtin_cpu_init();

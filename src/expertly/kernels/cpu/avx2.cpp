@@ -27,6 +27,7 @@ typedef __m256i Quad;  // 4 activations, in every lane
 
 constexpr int kMaxTokens = 2;       // 16 registers
 constexpr int kUnroll = 8;        // of the 8 steps of a chunk
+constexpr int kStreams = 4;         // blocks that one row of x meets at once
 constexpr int32_t kBytesAre = 128;  // dot_bytes takes a byte q as q - 128
 
 INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

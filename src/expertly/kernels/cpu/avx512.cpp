@@ -25,6 +25,7 @@ typedef __m512i Quad;   // 4 activations, in every lane
 
 constexpr int kMaxTokens = 6;     // x 2 blocks: 12 integer and 12 float sums in 32 registers
 constexpr int kUnroll = 8;        // of the 8 steps of a chunk
+constexpr int kStreams = 4;         // blocks that one row of x meets at once
 constexpr int32_t kBytesAre = 0;  // bytes are taken as they are, 0..255
 
 INLINE F zero() { return _mm512_setzero_ps(); }

@@ -32,6 +32,8 @@ typedef struct {
   float eps, offset;
 } expertly_norm;
 
+enum { EXPERTLY_ABI = 1 };  // one more whenever a struct or a function's arguments change
+
 enum { EXPERTLY_FLOAT32 = 0, EXPERTLY_BFLOAT16 = 1 };
 
 // Why a call was refused; kernels/native.py has a sentence for each.
@@ -58,6 +60,9 @@ enum {
 #else
 #define EXPERTLY_PUBLIC
 #endif
+
+// EXPERTLY_ABI of these sources: kernels/native_abi.py refuses a library of others.
+EXPERTLY_PUBLIC int expertly_abi(void);
 
 // The best instruction set of this machine: 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 EXPERTLY_PUBLIC int expertly_best_isa(void);

@@ -1,7 +1,7 @@
 // A whole experts layer in one parallel region.
 //
 // Assignments are sorted by expert, so that an expert's weights are read once however many tokens
-// chose it. First every (expert, 32 columns of h) item: gate, up, activation, quantised in place.
+// chose it. First every (expert, some columns of h) item: gate, up, activation, quantised in place.
 // After a barrier every group of output rows: all experts' down projections, weighed and added in
 // float32 by the one thread that owns those rows.
 #pragma once
@@ -24,6 +24,7 @@ struct ExpertsRun {
   int64_t *begin;      // (experts + 2) positions
   ExpertTask *tasks;
   int64_t n_tasks, step;
+  int64_t columns;     // blocks of columns of h
   int64_t group;       // blocks of output rows in an item of the second phase
   Desk *desks;
   int64_t next_up, next_down;
@@ -53,15 +54,16 @@ static void sort_by_expert(ExpertsRun *run) {
   for (int64_t e = 0; e < n; e++)
     for (int64_t first = run->begin[e]; first < run->begin[e + 1]; first += run->step)
       run->tasks[run->n_tasks++] = {e, first, smaller(run->step, run->begin[e + 1] - first)};
-  run->tasks[run->n_tasks] = {0, 0, 0};  // whose weights are prefetched after the last
+  // what is prefetched after the last
+  run->tasks[run->n_tasks] = run->n_tasks ? run->tasks[0] : ExpertTask{};
 }
 
 // Blocks of output rows whose sums stay in L2, but enough groups to share out.
 static int64_t group_of(const Experts &call) {
   int64_t blocks = call.down->rows / kLanes;
-  int64_t group = kSumBytes / (call.tokens * kLanes * 4) / 2 * 2;
-  group = larger(2, smaller(8, group));
-  while (group > 2 && blocks < group * 4 * call.threads) group -= 2;
+  int64_t group = 8;
+  while (group > 2 && group * call.tokens * kLanes * 4 > kSumBytes) group /= 2;
+  while (group > 2 && blocks < group * 4 * call.threads) group /= 2;
   return group;
 }
 
@@ -71,6 +73,7 @@ static void place_experts(ExpertsRun *run, Arena *arena) {
   run->x.x = call.x;
   run->x.cols = call.gate_up->cols;
   run->h.cols = call.down->cols;
+  run->columns = run->h.cols / kLanes;
   bool wide = call.gate_up->bits == 16, wide_h = call.down->bits == 16;
   place_rows(&run->x, arena, call.tokens, !wide, wide);
   run->h.x.type = EXPERTLY_BFLOAT16;  // never lies ready
@@ -93,44 +96,59 @@ INLINE F biased(const float *out, const float *bias, int64_t at) {
   return bias ? add(load(out), load(bias + at)) : load(out);
 }
 
-// h of one task in columns 32 * pair and on, from the gate's and the up projection's products.
-static void finish_up(ExpertsRun &run, const ExpertTask &task, int64_t pair, int64_t blocks,
+// h of one task in the blocks of columns from `at` on, from both projections' products.
+static void finish_up(ExpertsRun &run, const ExpertTask &task, int64_t at, int64_t blocks,
                       const Desk &desk) {
   const Experts &call = *run.call;
-  int64_t at = pair * kWide, width = run.h.cols;
   const float *bias = call.gate_up_bias;
-  if (bias) bias += task.expert * call.gate_up->out;
+  if (bias) bias += task.expert * call.gate_up->out + at * kLanes;
   for (int64_t t = 0; t < task.rows; t++) {
-    F h[2] = {zero(), zero()};
+    char *row = (char *)run.h.row(call.down->bits, task.first + t);
+    F even = zero();
     for (int64_t b = 0; b < blocks; b++) {
       int64_t i = (t * blocks + b) * kLanes;
-      F gate = biased(desk.out + i, bias, at + b * kLanes);
-      F up = call.gate.gated ? biased(desk.other + i, bias, width + at + b * kLanes) : zero();
-      h[b] = apply_gate(call.gate, gate, up);
-    }
-    char *row = (char *)run.h.row(call.down->bits, task.first + t);
-    if (call.down->bits != 16) {
-      quantize(h[0], h[1], (Chunk *)row + pair);
-    } else {
-      for (int64_t b = 0; b < blocks; b++) store((float *)row + at + b * kLanes, h[b]);
+      F gate = biased(desk.out + i, bias, b * kLanes), up = zero();
+      if (call.gate.gated) up = biased(desk.other + i, bias, run.h.cols + b * kLanes);
+      F h = apply_gate(call.gate, gate, up);
+      if (call.down->bits == 16)
+        store((float *)row + (at + b) * kLanes, h);
+      else if (b % 2)
+        quantize(even, h, (Chunk *)row + (at + b) / 2);
+      even = h;
     }
   }
 }
 
-// The pairs of blocks of h from `pair` to `end` for one task.
-static void up_item(ExpertsRun &run, const ExpertTask &task, int64_t pair, int64_t end,
-                    Desk &desk) {
-  const Experts &call = *run.call;
-  Matrix m = matrix_of(*call.gate_up, task.expert);
+// The blocks of columns of h of one item; task: null when there are no more.
+struct UpItem {
+  const ExpertTask *task;
+  Matrix m;
+  int64_t block, end;
+};
+
+static UpItem take_up(ExpertsRun &run) {
+  int64_t runs = ceil_div(run.columns, kRun), item = take(&run.next_up);
+  if (item >= run.n_tasks * runs) return {};
+  const ExpertTask *task = run.tasks + item / runs;
+  int64_t block = item % runs * kRun;
+  return {task, matrix_of(*run.call->gate_up, task->expert), block,
+          smaller(block + kRun, run.columns)};
+}
+
+static void up_item(ExpertsRun &run, const UpItem &item, const Place &next, Desk &desk) {
+  const ExpertTask &task = *item.task;
+  const Matrix &m = item.m;
+  bool gated = run.call->gate.gated;
   for (int64_t t = 0; t < task.rows; t++)
     desk.x[t] = run.x.row(m.bits, run.tokens[task.first + t]);
-  int64_t columns = run.h.cols / kLanes;
-  for (; pair < end; pair++) {
-    int64_t gate = 2 * pair, up = columns + gate, blocks = smaller(2, columns - gate);
-    multiply(m, gate, blocks, desk.x, task.rows, panel_of(m, gate + 2), desk.room, desk.out);
-    if (call.gate.gated)
-      multiply(m, up, blocks, desk.x, task.rows, panel_of(m, up + 2), desk.room, desk.other);
-    finish_up(run, task, pair, blocks, desk);
+  for (int64_t gate = item.block, blocks; gate < item.end; gate += blocks) {
+    blocks = blocks_at_once(task.rows, item.end - gate);
+    int64_t up = run.columns + gate;
+    Place after = gate + blocks < item.end ? place_of(m, gate + blocks) : next;
+    multiply(m, gate, blocks, desk.x, task.rows, gated ? place_of(m, up) : after, desk.room,
+             desk.out);
+    if (gated) multiply(m, up, blocks, desk.x, task.rows, after, desk.room, desk.other);
+    finish_up(run, task, gate, blocks, desk);
   }
 }
 
@@ -153,19 +171,20 @@ static void add_down(const ExpertsRun &run, const ExpertTask &task, int64_t bloc
   }
 }
 
-static void down_item(const ExpertsRun &run, int64_t item, Desk &desk) {
+static void down_item(const ExpertsRun &run, int64_t item, int64_t next, Desk &desk) {
   const Experts &call = *run.call;
   int64_t first = item * run.group, width = call.down->out;
   int64_t end = smaller(first + run.group, call.down->rows / kLanes);
   memset(desk.sums, 0, (size_t)(call.tokens * run.group * kLanes) * sizeof(float));
   for (const ExpertTask *task = run.tasks; task < run.tasks + run.n_tasks; task++) {
     Matrix m = matrix_of(*call.down, task->expert);
-    Matrix after = matrix_of(*call.down, (task + 1)->expert);
+    bool last = task + 1 == run.tasks + run.n_tasks;
+    Place after = place_of(matrix_of(*call.down, task[1].expert), last ? next * run.group : first);
     for (int64_t t = 0; t < task->rows; t++) desk.x[t] = run.h.row(m.bits, task->first + t);
-    for (int64_t block = first; block < end; block += 2) {
-      int64_t blocks = smaller(2, end - block);
-      Panel next = block + 2 < end ? panel_of(m, block + 2) : panel_of(after, first);
-      multiply(m, block, blocks, desk.x, task->rows, next, desk.room, desk.out);
+    for (int64_t block = first, blocks; block < end; block += blocks) {
+      blocks = blocks_at_once(task->rows, end - block);
+      Place soon = block + blocks < end ? place_of(m, block + blocks) : after;
+      multiply(m, block, blocks, desk.x, task->rows, soon, desk.room, desk.out);
       add_down(run, *task, block, block - first, blocks, desk);
     }
   }
@@ -183,15 +202,19 @@ static void work_on_experts(void *context, int thread, int threads) {
     prepare_rows(run.x, run.call->tokens);
     wait_for_team(threads);
   }
-  int64_t pairs = ceil_div(run.h.cols, kWide), runs = ceil_div(pairs, kRun);
-  int64_t items = run.n_tasks * runs;
-  for (int64_t item; (item = take(&run.next_up)) < items;) {
-    int64_t pair = item % runs * kRun;
-    up_item(run, run.tasks[item / runs], pair, smaller(pair + kRun, pairs), desk);
+  UpItem item = take_up(run);
+  while (item.task) {
+    UpItem next = take_up(run);
+    const UpItem &after = next.task ? next : item;
+    up_item(run, item, place_of(after.m, after.block), desk);
+    item = next;
   }
   wait_for_team(threads);
-  items = ceil_div(run.call->down->rows / kLanes, run.group);
-  for (int64_t item; (item = take(&run.next_down)) < items;) down_item(run, item, desk);
+  int64_t items = ceil_div(run.call->down->rows / kLanes, run.group);
+  for (int64_t down = take(&run.next_down), next; down < items; down = next) {
+    next = take(&run.next_down);
+    down_item(run, down, next < items ? next : down, desk);
+  }
 }
 
 static int run_segment(const Experts &call) {

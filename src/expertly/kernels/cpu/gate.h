@@ -3,9 +3,10 @@
 
 namespace {
 
-// e^x for -87 <= x <= 88: 2^n e^r, |r| <= ln(2)/2, the polynomial of Cephes' expf.
+// e^x for -87 <= x <= 88, and infinity above 88.4, where n is 128, so that what is divided by it is
+// 0: 2^n e^r, |r| <= ln(2)/2, the polynomial of Cephes' expf.
 INLINE F exponential(F x) {
-  x = at_most(at_least(x, all(-87.3f)), all(88.3f));
+  x = at_most(at_least(x, all(-87.3f)), all(89));
   F n = to_float(round_int(mul(x, all(1.44269504f))));
   F r = fma(n, all(-0.693359375f), x);
   r = fma(n, all(2.12194440e-4f), r);

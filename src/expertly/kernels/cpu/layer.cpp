@@ -1,4 +1,4 @@
-// A decoder layer in one call: the other entry points one after the other, by threads that stay
+// Decoder layers in one call: the other entry points one after the other, by threads that stay
 // awake between them. Each checks its own arguments; here is checked that they fit one another.
 #include "layer.h"
 
@@ -15,12 +15,15 @@ int64_t width_of(int type) { return type == EXPERTLY_BFLOAT16 ? 2 : 4; }
 // One call, what lies between its steps, and how it went.
 struct Step {
   int isa, threads;
-  const expertly_layer *layer;
-  expertly_decoding now;
+  int64_t count;
+  const expertly_layer *layers;
+  const expertly_decoding *places;
   const void *x;
   int type;
   int64_t batch;
   void *y, *normed;
+  const expertly_layer *layer;  // the one that is at work, and
+  expertly_decoding now;        // its place
   std::vector<char> q, k, v, heads, out, weights;
   std::vector<float> logits, wide;
   std::vector<int64_t> ids;
@@ -41,19 +44,23 @@ int project(const Step &step, int first, int count, const void *x, void *const *
                           step.layer->biases + first, x, step.type, step.batch, y, step.type);
 }
 
-// y = x + more, rounded as torch rounds.
-void add(const Leaves &leaves, const Step &step, const void *x, const void *more) {
-  const int64_t count = step.batch * dim_of(*step.layer);
+template <class T>
+void add(const LeavesOf<T> &leaf, const void *x, const void *more, void *y, int64_t count) {
   std::vector<float> sum(count), term(count);
-  if (step.type == EXPERTLY_FLOAT32) {
-    for (int64_t i = 0; i < count; i++)
-      ((float *)step.y)[i] = ((const float *)x)[i] + ((const float *)more)[i];
-    return;
-  }
-  leaves.bfloat16.load((const uint16_t *)x, count, 0, sum.data());
-  leaves.bfloat16.load((const uint16_t *)more, count, 0, term.data());
+  leaf.load((const T *)x, count, 0, sum.data());
+  leaf.load((const T *)more, count, 0, term.data());
   for (int64_t i = 0; i < count; i++) sum[i] += term[i];
-  leaves.bfloat16.store(sum.data(), count, (uint16_t *)step.y);
+  leaf.store(sum.data(), count, (T *)y);
+}
+
+// y = x + more, rounded as torch rounds.
+void add(const Step &step, const void *x, const void *more) {
+  const Leaves &leaves = *leaves_of(step.isa);
+  const int64_t count = step.batch * dim_of(*step.layer);
+  if (step.type == EXPERTLY_FLOAT32)
+    add(leaves.float32, x, more, step.y, count);
+  else
+    add(leaves.bfloat16, x, more, step.y, count);
 }
 
 int attention(Step &step) {
@@ -76,7 +83,7 @@ int attention(Step &step) {
                            step.batch, step.heads.data());
   if (!code) code = project(step, 3, 1, step.heads.data(), &out);
   if (code) return code;
-  add(*leaves_of(step.isa), step, step.x, out);
+  add(step, step.x, out);
   return norm(step, 1, step.y, step.normed);
 }
 
@@ -108,15 +115,20 @@ int experts(Step &step) {
                             layer.down_bias, &layer.gate, step.normed, step.type, step.ids.data(),
                             step.wide.data(), step.batch, layer.router.top_k, step.out.data(),
                             step.type);
-  if (!code) add(*leaves_of(step.isa), step, step.y, step.out.data());
+  if (!code) add(step, step.y, step.out.data());
   return code;
 }
 
 void run(void *context) {
   Step &step = *(Step *)context;
   try {
-    step.code = attention(step);
-    if (!step.code && step.layer->router.weight) step.code = experts(step);
+    for (int64_t i = 0; i < step.count && !step.code; i++) {
+      step.layer = step.layers + i;
+      step.now = step.places[i];
+      step.code = attention(step);
+      if (!step.code && step.layer->router.weight) step.code = experts(step);
+      step.x = step.y;
+    }
   } catch (const std::bad_alloc &) {
     step.code = EXPERTLY_MEMORY;
   }
@@ -153,17 +165,24 @@ int check_layer(const expertly_layer &layer, int64_t batch) {
 }  // namespace
 }  // namespace expertly
 
-int expertly_decode_layer(int isa, int threads, const expertly_layer *layer,
-                          const expertly_decoding *now, const void *x, int type, int64_t batch,
-                          void *y, void *normed) {
+int expertly_decode_layers(int isa, int threads, int64_t count, const expertly_layer *layers,
+                           const expertly_decoding *now, const void *x, int type, int64_t batch,
+                           void *y, void *normed) {
   using namespace expertly;
   if (!leaves_of(isa)) return EXPERTLY_ISA;
   if (threads < 1 || threads > 4096) return EXPERTLY_THREADS;
-  if (!layer || !now || !x || !y || !normed) return EXPERTLY_NULL;
+  if (!layers || !now || !x || !y || !normed) return EXPERTLY_NULL;
   if (type != EXPERTLY_FLOAT32 && type != EXPERTLY_BFLOAT16) return EXPERTLY_TYPE;
-  if (int code = check_layer(*layer, batch)) return code;
-  Step step{isa, threads, layer, *now, x, type, batch, y, normed, {}, {}, {}, {},
-            {},  {},      {},    {},   {}, 0};
+  if (count < 1) return EXPERTLY_SIZE;
+  for (int64_t i = 0; i < count; i++) {
+    if (int code = check_layer(layers[i], batch)) return code;
+    if (dim_of(layers[i]) != dim_of(layers[0])) return EXPERTLY_PAIR;
+    if (i + 1 < count && !layers[i].router.weight) return EXPERTLY_NULL;
+  }
+  Step step = {};
+  step.isa = isa, step.threads = threads, step.count = count, step.layers = layers;
+  step.places = now, step.x = x, step.type = type, step.batch = batch;
+  step.y = y, step.normed = normed;
   hold_team(threads, run, &step);
   return step.code;
 }

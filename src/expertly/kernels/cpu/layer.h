@@ -1,5 +1,5 @@
-// A whole decoder layer for one new token per sequence. Plain structs and pointers, loaded by
-// kernels/native_layer.py.
+// Decoder layers for one new token per sequence. Plain structs and pointers, loaded by
+// kernels/native_layers.py.
 #pragma once
 #include <stdint.h>
 
@@ -23,11 +23,13 @@ typedef struct {
   expertly_gate gate;
 } expertly_layer;
 
-// x (batch, dim) to y (batch, dim), which must not overlap; all of one type, the cache's. Without
-// experts y is what stands between the halves, and normed (batch, dim) what their input would be.
-EXPERTLY_PUBLIC int expertly_decode_layer(int isa, int threads, const expertly_layer *layer,
-                                          const expertly_decoding *now, const void *x, int type,
-                                          int64_t batch, void *y, void *normed);
+// x (batch, dim) through count layers to y (batch, dim), each with its own place in now; all of one
+// type, the cache's. Where the last one has no experts, y is what stands between its halves, and
+// normed (batch, dim) what comes out of its second norm.
+EXPERTLY_PUBLIC int expertly_decode_layers(int isa, int threads, int64_t count,
+                                           const expertly_layer *layers,
+                                           const expertly_decoding *now, const void *x, int type,
+                                           int64_t batch, void *y, void *normed);
 
 #ifdef __cplusplus
 }

@@ -3,13 +3,20 @@
 
 namespace {
 
-constexpr int64_t kRun = 4;  // pairs of blocks in an item: neighbours, so that they are prefetched
+constexpr int64_t kRun = 8;  // blocks in an item: neighbours, so that they are prefetched
 
-// Some rows of a job; its items are runs of pairs of weight blocks.
+// Some rows of a job; its items are runs of weight blocks.
 struct LinearTask {
   const Job *job;
   int64_t first, rows;  // within the job
-  int64_t end;          // the first item that is no longer its own
+  int64_t begin, end;   // its items
+};
+
+// The blocks of one item; task: null when there are no more.
+struct LinearItem {
+  const LinearTask *task;
+  Matrix m;
+  int64_t block, end;
 };
 
 struct LinearsRun {
@@ -18,7 +25,7 @@ struct LinearsRun {
   LinearTask *tasks;
   Desk *desks;
   int64_t items, next;
-  int64_t run;  // pairs of blocks in an item
+  int64_t run;  // blocks in an item
   bool serial;  // x is made ready before the region
 };
 
@@ -33,11 +40,12 @@ INLINE int64_t job_rows_at_once(const Linears &call, const Job &job) {
   return rows / terms_of(call, job);
 }
 
-// How many pairs of blocks a thread takes at once: few where there are few.
+// How many blocks a thread takes at once: few where there are few.
 INLINE int64_t run_of(const Linears &call) {
-  int64_t pairs = 0;
-  for (int64_t i = 0; i < call.n; i++) pairs += ceil_div(call.jobs[i].weight->rows, kWide);
-  return call.threads == 1 || pairs >= 16 * kRun * call.threads ? kRun : 1;
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < call.n; i++) blocks += call.jobs[i].weight->rows / kLanes;
+  if (call.threads == 1 || blocks >= 16 * kRun * call.threads) return kRun;
+  return most_blocks(call.tokens);
 }
 
 static int64_t place_tasks(const Linears &call, LinearTask *tasks) {
@@ -45,8 +53,9 @@ static int64_t place_tasks(const Linears &call, LinearTask *tasks) {
   for (const Job *job = call.jobs; job < call.jobs + call.n; job++) {
     int64_t step = job_rows_at_once(call, *job);
     for (int64_t first = 0; first < job->rows; first += step, count++) {
-      items += ceil_div(job->weight->rows, kWide * run_of(call));
-      if (tasks) tasks[count] = {job, first, smaller(step, job->rows - first), items};
+      int64_t begin = items;
+      items += ceil_div(job->weight->rows, kLanes * run_of(call));
+      if (tasks) tasks[count] = {job, first, smaller(step, job->rows - first), begin, items};
     }
   }
   return tasks ? items : count;
@@ -89,34 +98,48 @@ static void finish_linear(const LinearTask &task, const float *out, int64_t at, 
   }
 }
 
-static void linear_item(const LinearsRun &run, const LinearTask &task, int64_t item, Desk &desk) {
+// The next item that is free, of `task` or one behind it.
+static LinearItem take_item(LinearsRun &run, const LinearTask *task) {
+  int64_t item = take(&run.next);
+  if (item >= run.items) return {};
+  while (item >= task->end) task++;
+  Matrix m = matrix_of(*task->job->weight, task->job->expert);
+  int64_t block = (item - task->begin) * run.run;
+  return {task, m, block, smaller(block + run.run, m.blocks)};
+}
+
+static void linear_item(const LinearsRun &run, const LinearItem &item, const Place &next,
+                        Desk &desk) {
+  const LinearTask &task = *item.task;
   const Job &job = *task.job;
-  Matrix m = matrix_of(*job.weight, job.expert);
+  const Matrix &m = item.m;
   int64_t terms = terms_of(*run.call, job), count = terms * task.rows;
   for (int64_t t = 0; t < task.rows; t++) {
     int64_t row = job.first + task.first + t;
     desk.x[t] = run.rows.row(m.bits, row);
     if (terms == 2) desk.x[task.rows + t] = run.rows.rests + row * run.rows.chunk_stride;
   }
-  int64_t end = smaller((item + 1) * run.run * 2, m.blocks);
-  for (int64_t block = item * run.run * 2; block < end; block += 2) {
-    int64_t blocks = smaller(2, end - block);
-    multiply(m, block, blocks, desk.x, count, panel_of(m, block + 2), desk.room, desk.out);
+  for (int64_t block = item.block, blocks; block < item.end; block += blocks) {
+    blocks = blocks_at_once(count, item.end - block);
+    Place after = block + blocks < item.end ? place_of(m, block + blocks) : next;
+    multiply(m, block, blocks, desk.x, count, after, desk.room, desk.out);
     finish_linear(task, desk.out, block * kLanes, blocks, terms);
   }
 }
 
+// The item after the present one is taken before it, so that its weights are on their way.
 static void work_on_linears(void *context, int thread, int threads) {
   LinearsRun &run = *(LinearsRun *)context;
   if (!run.serial) {
     prepare_rows(run.rows, run.call->tokens);
     wait_for_team(threads);
   }
-  const LinearTask *task = run.tasks;
-  int64_t begin = 0;  // the task's first item
-  for (int64_t item; (item = take(&run.next)) < run.items;) {
-    for (; item >= task->end; task++) begin = task->end;
-    linear_item(run, *task, item - begin, run.desks[thread]);
+  LinearItem item = take_item(run, run.tasks);
+  while (item.task) {
+    LinearItem next = take_item(run, item.task);
+    const LinearItem &after = next.task ? next : item;
+    linear_item(run, item, place_of(after.m, after.block), run.desks[thread]);
+    item = next;
   }
 }
 

@@ -36,10 +36,6 @@ INLINE Matrix matrix_of(const expertly_weight &w, int64_t expert) {
   return m;
 }
 
-INLINE const uint8_t *block_of(const Matrix &m, int64_t block) {
-  return m.data + block * m.block_bytes;
-}
-
 // What is added for each activation, for 16 rows: the minimum, or -zero * scale. Where the dot
 // product takes bytes as q - 128, it also makes up for that.
 INLINE F minimum_of(const Matrix &m, int64_t at, F scale) {
@@ -51,18 +47,30 @@ INLINE F minimum_of(const Matrix &m, int64_t at, F scale) {
 constexpr int64_t kPanelSteps = 32;  // chunks of 32 k whose unpacked weights stay in L1
 constexpr int64_t kPanelPairs = 128;  // pairs of k of bfloat16, likewise
 
-// One or two neighbouring blocks, or a range of their k, as one tile reads them.
+// Where a block's weights and scales begin.
+struct Place {
+  const uint8_t *data;
+  const uint16_t *scales;
+};
+
+INLINE Place place_of(const Matrix &m, int64_t block) {
+  return {m.data + block * m.block_bytes, m.scales + block * m.groups * kLanes};
+}
+
+// A few neighbouring blocks, or a range of their k, as one tile reads them.
 struct Panel {
   const Matrix *matrix;
   const uint8_t *data;
   int64_t data_step;               // bytes from one block to the next
   int64_t scale_at;                // where the first block's scales begin in the matrix
   int64_t first, steps;            // the range of k, in the matrix's steps
+  Place next;                      // what will be read after it
   const float *scales, *minimums;  // made ready by unpack(): (blocks, steps, 16)
 };
 
-INLINE Panel panel_of(const Matrix &m, int64_t block) {
-  return {&m, block_of(m, block), m.block_bytes, block * m.groups * kLanes, 0, m.steps, 0, 0};
+INLINE Panel panel_of(const Matrix &m, int64_t block, const Place &next) {
+  int64_t scale_at = block * m.groups * kLanes;
+  return {&m, m.data + block * m.block_bytes, m.block_bytes, scale_at, 0, m.steps, next, 0, 0};
 }
 
 // A thread's room for two unpacked blocks.

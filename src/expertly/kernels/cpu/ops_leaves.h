@@ -20,7 +20,9 @@ typedef int32_t Places __attribute__((vector_size(32)));
 #endif
 
 constexpr int64_t kPair = 32;  // numbers read at a time: two vectors
-constexpr int64_t kRows = 4;   // keys read side by side
+constexpr int64_t kRows = 4;   // tokens read side by side, from as many parts of the cache: a core
+                               // reads more at once from several places than from one
+constexpr int64_t kAhead = 4096;  // bytes from a token to what is prefetched
 
 struct Two {
   Wide low, high;
@@ -126,7 +128,17 @@ void products(const float *x, const T *rows, int64_t count, int64_t dim, float *
   }
 }
 
-INLINE Half halves(Wide x) { return get<Half>(&x) + get<Half>((float *)&x + 8); }
+template <class T>
+INLINE void ahead(const T *x) {
+  for (int64_t at = 0; at < kPair * (int64_t)sizeof(T); at += 64)
+    __builtin_prefetch((const char *)x + kAhead + at);
+}
+
+// Without taking an address, so that x stays in a register.
+INLINE Half halves(Wide x) {
+  return Half{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]} +
+         Half{x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15]};
+}
 
 // The sums of four vectors, each time adding halves of two of them.
 INLINE void add_up(Wide a, Wide b, Wide c, Wide d, float *to) {
@@ -140,42 +152,52 @@ INLINE void add_up(Wide a, Wide b, Wide c, Wide d, float *to) {
 
 template <class T>
 void dots(const float *q, const T *keys, int64_t count, int64_t dim, float *scores) {
-  for (int64_t t = 0; t < count; t += kRows) {
-    const T *row[kRows];
+  const int64_t part = (count + kRows - 1) / kRows;
+  for (int64_t t = 0; t < part; t++) {
+    int64_t at[kRows];
     for (int64_t r = 0; r < kRows; r++)  // the last one again where there are none left
-      row[r] = keys + (t + r < count ? t + r : count - 1) * dim;
+      at[r] = t + r * part < count ? t + r * part : count - 1;
     Wide sum[kRows] = {};
     for (int64_t i = 0; i < dim; i += kPair) {
       Two query = {get<Wide>(q + i), get<Wide>(q + i + 16)};
+#pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; r++) {
-        Two key = read(row[r] + i);
-        sum[r] += query.low * key.low;
-        sum[r] += query.high * key.high;
+        const T *key = keys + at[r] * dim + i;
+        ahead(key);
+        Two x = read(key);
+        sum[r] += query.low * x.low;
+        sum[r] += query.high * x.high;
       }
     }
     float four[kRows];
     add_up(sum[0], sum[1], sum[2], sum[3], four);
-    for (int64_t r = 0; r < kRows && t + r < count; r++) scores[t + r] = four[r];
+    for (int64_t r = 0; r < kRows; r++) scores[at[r]] = four[r];
   }
+}
+
+// The sums of kPairs * 32 columns, which stay in registers.
+template <int kPairs, class T>
+void mix_columns(const float *p, const T *values, int64_t count, int64_t dim, float *to) {
+  const int64_t part = (count + kRows - 1) / kRows;
+  Two sum[kPairs] = {};
+  for (int64_t t = 0; t < part; t++)
+    for (int64_t at = t; at < count; at += part)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kPairs; i++) {
+        const T *value = values + at * dim + i * kPair;
+        ahead(value);
+        Two x = read(value);
+        sum[i].low += p[at] * x.low, sum[i].high += p[at] * x.high;
+      }
+  memcpy(to, sum, sizeof(sum));
 }
 
 template <class T>
 void mix(const float *p, const T *values, int64_t count, int64_t dim, float *to) {
-  for (int64_t i = 0; i < dim; i += kPair) {
-    Two even = {}, odd = {};  // two sums, so that no addition waits for the one before
-    int64_t t = 0;
-    for (; t + 1 < count; t += 2) {
-      Two a = read(values + t * dim + i), b = read(values + (t + 1) * dim + i);
-      even.low += p[t] * a.low, even.high += p[t] * a.high;
-      odd.low += p[t + 1] * b.low, odd.high += p[t + 1] * b.high;
-    }
-    if (t < count) {
-      Two a = read(values + t * dim + i);
-      even.low += p[t] * a.low, even.high += p[t] * a.high;
-    }
-    even.low += odd.low, even.high += odd.high;
-    memcpy(to + i, &even, sizeof(even));
-  }
+  int64_t i = 0;
+  for (; i + 4 * kPair <= dim; i += 4 * kPair) mix_columns<4>(p, values + i, count, dim, to + i);
+  for (; i + 2 * kPair <= dim; i += 2 * kPair) mix_columns<2>(p, values + i, count, dim, to + i);
+  if (i < dim) mix_columns<1>(p, values + i, count, dim, to + i);
 }
 
 // e^x for x <= 0 within 2 units in the last place, in steps that become vectors: x = n ln 2 + r,

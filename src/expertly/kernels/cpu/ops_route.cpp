@@ -19,15 +19,17 @@ struct Row {
   std::vector<char> used;
 };
 
-// The places of the largest, largest first; of equals the first one. NaN comes last.
+// As torch.topk ranks: NaN above all, so that a broken router shows.
+bool above(float a, float b) { return a > b || (a != a && b == b); }
+
+// The places of the largest, largest first; of equals the first one.
 void largest(const float *x, int64_t count, int64_t wanted, int64_t *places,
              std::vector<char> *used) {
   used->assign(count, 0);
   for (int64_t k = 0; k < wanted; k++) {
     int64_t best = -1;
     for (int64_t i = 0; i < count; i++)
-      if (!(*used)[i] && (best < 0 || x[i] > x[best] || (x[best] != x[best] && x[i] == x[i])))
-        best = i;
+      if (!(*used)[i] && (best < 0 || above(x[i], x[best]))) best = i;
     (*used)[best] = 1;
     places[k] = best;
   }

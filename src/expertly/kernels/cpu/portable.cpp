@@ -19,6 +19,7 @@ struct Quad {          // 4 activations
 
 constexpr int kMaxTokens = 2;
 constexpr int kUnroll = 1;        // of the 8 steps of a chunk
+constexpr int kStreams = 2;         // blocks that one row of x meets at once
 constexpr int32_t kBytesAre = 0;  // bytes are taken as they are, 0..255
 
 template <class To, class From>

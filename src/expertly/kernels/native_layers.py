@@ -1,10 +1,11 @@
-"""A whole decoder layer for one new token per sequence, in one native call.
+"""Decoder layers for one new token per sequence, in one native call.
 
 What stands between two calls from Python, and between two teams of threads, costs more than a small
 layer's arithmetic. The C++ is in cpu/layer.cpp, and runs what the single calls of native.py and
 native_ops.py run. Forward only, on the CPU, in float32 or bfloat16.
 """
 
+from collections.abc import Sequence
 from ctypes import byref
 from typing import NamedTuple
 
@@ -58,45 +59,56 @@ class LayerParts(NamedTuple):
     experts: ExpertsPart | None  # None: the layer ends behind its second norm
 
 
-class NativeLayer:
-    """A layer's parts, kept together with the struct that points into them."""
+class NativeLayers:
+    """Layers' parts, one behind the other, kept together with the structs that point into them."""
 
-    def __init__(self, library: Library, parts: LayerParts):
+    def __init__(self, library: Library, parts: Sequence[LayerParts]):
         self._library, self.parts = library, parts
-        self._decode = abi.typed(library.handle, "decode_layer")
-        self._layer = _layer_of(parts)
+        self._decode = abi.typed(library.handle, "decode_layers")
+        self._layers = (abi.Layer * len(parts))(*map(_layer_of, parts))
 
     def decode(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], room: Room, length: int
+        self, x: Tensor, angles: tuple[Tensor, Tensor], rooms: Sequence[Room], length: int
     ) -> tuple[Tensor, Tensor]:
-        """x (batch, 1, dim) through the layer: its answer, and the second norm's.
+        """x (batch, 1, dim) through the layers: the last one's answer, and its second norm's.
 
-        angles: cosines and sines (batch or 1, 1, rotated). The token is put behind the `length`
-        that are in the cache. Raises ValueError for tensors that do not fit one another.
+        angles: cosines and sines (batch or 1, 1, rotated); rooms: one for each layer. The token is
+        put behind the `length` that are in each. Raises ValueError for tensors that do not fit one
+        another.
         """
         cos, sin = angles
-        for each in (x, cos, sin):
-            if each.dtype is not room.dtype or not each.is_contiguous():
-                raise ValueError("a layer's tensors must be contiguous and of the cache's dtype")
-        form, (batch, _, dim) = self.parts.form, x.shape
-        if (batch, form.kv_heads, form.head_dim) != (room.batch, room.kv_heads, room.head_dim):
-            raise ValueError("the cache does not fit the layer's heads")
-        if dim != self.parts.projections[0].shape[-1] or cos.shape != sin.shape:
-            raise ValueError(f"x is {tuple(x.shape)}, its angles {tuple(cos.shape)}")
-        now, y, normed = decoding_of(cos, sin, room, length), torch.empty_like(x), torch.empty_like(x)
+        _check(self.parts, x, cos, sin, rooms)
+        places = (abi.Decoding * len(rooms))(*(decoding_of(cos, sin, r, length) for r in rooms))
+        y, normed = torch.empty_like(x), torch.empty_like(x)
         code = self._decode(
             self._library.isa,
             torch.get_num_threads(),
-            byref(self._layer),
-            byref(now),
+            len(rooms),
+            byref(self._layers),
+            byref(places),
             x.data_ptr(),
             TYPES[x.dtype],
-            batch,
+            len(x),
             y.data_ptr(),
             normed.data_ptr(),
         )
-        abi.check("decode_layer", code)
+        abi.check("decode_layers", code)
         return y, normed
+
+
+def _check(
+    parts: Sequence[LayerParts], x: Tensor, cos: Tensor, sin: Tensor, rooms: Sequence[Room]
+) -> None:
+    """What the native side cannot see; ValueError."""
+    dim, sizes = parts[0].projections[0].shape[-1], {(x.shape[0], x.dtype)}
+    if x.shape[1:] != (1, dim) or cos.shape != sin.shape or cos.shape[1] != 1:
+        raise ValueError(f"layers: x is {tuple(x.shape)}, its angles {tuple(cos.shape)}")
+    if any(not each.is_contiguous() or each.dtype is not x.dtype for each in (x, cos, sin)):
+        raise ValueError("layers: tensors must be contiguous and of one dtype")
+    for part, room in zip(parts, rooms, strict=True):
+        heads = part.form.kv_heads, part.form.head_dim
+        if heads != (room.kv_heads, room.head_dim) or {(room.batch, room.dtype)} != sizes:
+            raise ValueError("layers: the cache does not fit them")
 
 
 def _layer_of(parts: LayerParts) -> abi.Layer:
