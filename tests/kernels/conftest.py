@@ -1,9 +1,10 @@
-"""Both ways that packed weights are computed."""
+"""Both ways that packed weights are computed, and every instruction set of the machine."""
 
 import pytest
 import torch
 
 from expertly.kernels import packed_linear
+from expertly.kernels.native import ISAS, Library, library
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -14,3 +15,11 @@ def path(request, monkeypatch):
     elif packed_linear.native_for(torch.ones(1)) is None:
         pytest.skip("no native kernels here")
     return request.param
+
+
+@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
+def kernels(request):
+    loaded = library()
+    if loaded is None or request.param > loaded.isa:
+        pytest.skip("this machine lacks the instruction set")
+    return Library(loaded.handle, request.param)

@@ -113,7 +113,7 @@ Form any_form() {
 }
 // Now and then wider than a panel of unpacked weights, which is 1024, or 256 at 16 bits.
 int64_t any_cols(const Form &f) {
-  bool wide = between(0, 9) == 0;
+  bool wide = between(0, 19) == 0;
   return f.bits == 16 ? between(1, wide ? 600 : 90)
                       : f.group * (wide ? 1024 / f.group + between(0, 2) : between(1, 4));
 }

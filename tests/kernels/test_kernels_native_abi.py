@@ -150,34 +150,6 @@ def test_tensors_of_another_device_are_refused():
             call()
 
 
-@pytest.mark.parametrize(
-    ("fields", "code"),
-    [
-        broken(0),
-        broken(-1, x=0),
-        broken(-1, weight=0),
-        broken(-1, y=0),
-        broken(-8, rows=-1),
-        broken(-8, dim=0),
-        broken(-8, dim=-64),
-        broken(-9, rows=1 << 60),
-        broken(-10, x_type=2),
-        broken(-10, w_type=-1),
-        broken(-10, y_type=7),
-        broken(-15, x=2),
-        broken(-15, y=1),
-    ],
-)
-def test_a_broken_norm_is_refused(fields, code):
-    x, weight, y = torch.zeros(2, 64), torch.zeros(64), torch.zeros(2, 64)
-    places = {"x": x.data_ptr(), "weight": weight.data_ptr(), "y": y.data_ptr()}
-    good = {**places, "rows": 2, "dim": 64, "x_type": 0, "w_type": 0, "y_type": 0, "once": 0}
-    call = abi.norm(*{**good, **fields}.values(), 1e-6, 0.0)
-    assert library()._norm(BEST, call) == code
-    assert library()._norm(BEST, None) == -1
-    assert library()._norm(BEST + 1, call) == library()._norm(-1, call) == -2
-
-
 def test_no_memory_is_no_wrong_argument():
     with pytest.raises(MemoryError, match="experts: no memory"):
         abi.check("experts", -14)

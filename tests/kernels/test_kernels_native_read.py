@@ -35,16 +35,17 @@ def test_what_is_no_whole_words_is_refused():
 def test_the_native_side_checks_its_bounds():
     read, words, total = library().handle.expertly_read, torch.ones(4), ctypes.c_uint64()
     read_words(words)  # its types are known from here on
+    to = ctypes.byref(total)
     for arguments, code in (
-        ((1, None, 8, total), -1),
+        ((1, None, 8, to), -1),
         ((1, words.data_ptr(), 8, None), -1),
-        ((0, words.data_ptr(), 8, total), -3),
-        ((5000, words.data_ptr(), 8, total), -3),
-        ((1, words.data_ptr(), -8, total), -8),
-        ((1, words.data_ptr(), 4, total), -8),
-        ((1, words.data_ptr() + 4, 8, total), -15),
+        ((0, words.data_ptr(), 8, to), -3),
+        ((5000, words.data_ptr(), 8, to), -3),
+        ((1, words.data_ptr(), -8, to), -8),
+        ((1, words.data_ptr(), 4, to), -8),
+        ((1, words.data_ptr() + 4, 8, to), -15),
     ):
-        assert read(*arguments[:3], arguments[3] and ctypes.byref(arguments[3])) == code
+        assert read(*arguments) == code
 
 
 def test_without_the_library_nothing_is_read(monkeypatch):

@@ -84,7 +84,7 @@ void router(int isa) {
                           (int)between(0, 2), experts, dim, top_k, groups, best,
                           (int)between(0, 1), (int)between(0, 1), 0, 1};
   auto call = [&](const expertly_router &r) {
-    return expertly_route(isa, &r, x, x_type, tokens, logits, y_type, weights, y_type, ids.get());
+    return expertly_route(isa, 1, &r, x, x_type, tokens, logits, y_type, weights, y_type, ids.get());
   };
   expect(call(rule), 0, "route");
   for (int64_t i = 0; i < tokens * top_k; i++)

@@ -187,6 +187,7 @@ class _Native(NamedTuple):
 
     struct: abi.Weight
     address: int
+    places: tuple[int, int | None, int | None]  # of its tensors; reading the struct takes longer
 
 
 def address_of(weight: PackedWeight) -> int:
@@ -194,16 +195,19 @@ def address_of(weight: PackedWeight) -> int:
     kept = weight.__dict__.get("_native")
     if kept is None:  # of two threads' the first one counts
         kept = weight.__dict__.setdefault("_native", _native_of(weight))
-    struct, places = kept.struct, _places(weight)
-    if places != (struct.data, struct.scales, struct.zeros):  # sharing memory moves tensors
+    places = weight.data.data_ptr(), pointer(weight.scales), pointer(weight.zeros)
+    if places != kept.places:  # sharing memory moves tensors; others may hold the address
+        struct = kept.struct
         struct.data, struct.scales, struct.zeros = places
+        weight.__dict__["_native"] = kept._replace(places=places)
     return kept.address
 
 
 def _native_of(weight: PackedWeight) -> _Native:
     zeros, (out, cols) = weight.zeros, weight.shape[-2:]
+    places = weight.data.data_ptr(), pointer(weight.scales), pointer(zeros)
     made = abi.Weight(
-        *_places(weight),
+        *places,
         weight.bits,
         weight.group_size,
         _ZERO_KINDS[None if zeros is None else zeros.dtype],
@@ -212,11 +216,7 @@ def _native_of(weight: PackedWeight) -> _Native:
         cols,
         out,
     )
-    return _Native(made, ctypes.addressof(made))
-
-
-def _places(weight: PackedWeight) -> tuple[int, int | None, int | None]:
-    return weight.data.data_ptr(), pointer(weight.scales), pointer(weight.zeros)
+    return _Native(made, ctypes.addressof(made), places)
 
 
 @functools.cache

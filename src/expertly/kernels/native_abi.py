@@ -6,7 +6,7 @@ from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-ABI = 1  # EXPERTLY_ABI of expertly.h
+ABI = 2  # EXPERTLY_ABI of expertly.h
 _OPENMP = ("libgomp.so.1", "libomp.so", "libomp.so.5", "libomp.dylib")
 _NO_MEMORY = -14
 WRONG = {
@@ -143,7 +143,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "experts": (*_RUN, *[c_void_p] * 6, c_int, *[c_void_p] * 2, c_int64, c_int64, *_TYPED),
     "rms_norm": (c_int, c_void_p),
     "attend": (*_RUN, *[c_void_p] * 2, c_int, c_int64, c_void_p),
-    "route": (c_int, c_void_p, *_TYPED, c_int64, *_TYPED, *_TYPED, c_void_p),
+    "route": (*_RUN, c_void_p, *_TYPED, c_int64, *_TYPED, *_TYPED, c_void_p),
     "decode_layers": (*_RUN, c_int64, *[c_void_p] * 3, c_int, c_int64, *[c_void_p] * 2),
     "read": (c_int, c_void_p, c_int64, c_void_p),
 }

@@ -113,8 +113,14 @@ def _check(
 
 def _layer_of(parts: LayerParts) -> abi.Layer:
     norms = [
-        abi.Norm(weight=weight.data_ptr(), dim=len(weight), w_type=TYPES[weight.dtype], once=once,
-                 eps=eps, offset=offset)
+        abi.Norm(
+            weight=weight.data_ptr(),
+            dim=len(weight),
+            w_type=TYPES[weight.dtype],
+            once=once,
+            eps=eps,
+            offset=offset,
+        )
         for weight, eps, offset, once in parts.norms
     ]
     layer = abi.Layer(

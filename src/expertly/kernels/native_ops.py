@@ -124,6 +124,7 @@ class Operations:
         ids = x.new_empty(tokens, form.top_k, dtype=torch.int64)
         code = self._route(
             self._isa,
+            1,  # waking another costs more
             byref(router),
             x.data_ptr(),
             type_of(x),

@@ -8,6 +8,9 @@ is tried beside the stock forward first, on random numbers, and left alone where
 the same. For inference on a CPU; with gradients the stock code runs.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import inference_mode, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +18,7 @@ from expertly.kernels.native import library
 from expertly.kernels.native_ops import operations
 from expertly.models.cache import grow_cache
 from expertly.models.lean_attention import lean_attention
-from expertly.models.lean_forward import lean_of
+from expertly.models.lean_forward import LeanForward, lean_of
 from expertly.models.lean_layer import lean_layer
 from expertly.models.lean_norm import lean_norm
 from expertly.models.lean_router import lean_routers
@@ -36,22 +39,17 @@ def make_lean(model: PreTrainedModel) -> None:
         return
     for router, form in [*lean_routers(model, native)]:
         form.bind(router)
-    for module in model.modules():
-        norm = lean_norm(module, kernels, model.dtype)
-        if norm is not None:
-            norm.bind(module)
-    for module in model.modules():  # after the norms, of which it asks
-        attention = lean_attention(module, native, model.dtype)
-        if attention is not None:
-            attention.bind(module)
-    for module in model.modules():  # of all these
-        layer = lean_layer(module, kernels, model.dtype)
-        if layer is not None:
-            layer.bind(module)
-    for module in model.modules():  # and of these
-        stack = lean_stack(module, kernels, model.dtype)
-        if stack is not None:
-            stack.bind(module)
+    makers: tuple[tuple[Callable[..., LeanForward | None], Any], ...] = (
+        (lean_norm, kernels),
+        (lean_attention, native),
+        (lean_layer, kernels),
+        (lean_stack, kernels),
+    )  # each asks of those before it
+    for make, calls in makers:
+        for module in model.modules():
+            lean = make(module, calls, model.dtype)
+            if lean is not None:
+                lean.bind(module)
 
 
 def undo_lean(model: nn.Module) -> None:

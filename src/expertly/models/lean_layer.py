@@ -58,7 +58,7 @@ class LeanLayer(LeanForward):
     def remember(self, module: nn.Module) -> None:
         """Take the module's numbers and switches as those it is tried with."""
         self.settings = settings_of(module)
-        self.block_settings = settings_of(module._modules[self.block])
+        self.block_settings = settings_of(module.get_submodule(self.block))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "kept": None}  # it points into the tensors of this one
@@ -73,10 +73,12 @@ class LeanLayer(LeanForward):
         if not one_token(x) or given.get("attention_mask") is not None:
             return None
         layer = growing_layer(cache, module.self_attn.layer_idx)
-        native = None if layer is None or not isinstance(angles, tuple) else self._ready(module, x)
-        if native is None or layer is None:
+        if layer is None or not isinstance(angles, tuple):
             return None
-        length, room = layer.get_seq_length(), room_of(layer, native.parts[0].form, x)
+        native = self._ready(module, x)
+        if native is None:
+            return None
+        length, room = layer.get_seq_length(), room_of(layer, one_key(native.parts[0].form, x))
         y, normed = native.decode(x, angles, [room], length)
         layer.advance()
         return y if self.whole else y + module._modules[self.block](normed)
@@ -95,12 +97,13 @@ class LeanLayer(LeanForward):
     def parts(self, module: Any, x: Tensor) -> LayerParts | None:
         """What the native call is made of for inputs like x; None where it may not be made."""
         modules = module._modules
-        norms = [_norm_part(modules[name], x.dtype) for name in _NORMS]
+        before, behind = (_norm_part(modules[name], x.dtype) for name in _NORMS)
         attention, block = modules["self_attn"], modules[self.block]
         projections = [attention._modules[name] for name in PROJECTIONS]
         lean = lean_of(attention)
         if (
-            None in norms
+            before is None
+            or behind is None
             or self.native is None
             or module.training
             or not self.unchanged(module)
@@ -115,9 +118,10 @@ class LeanLayer(LeanForward):
         experts = self._experts_part(block, x) if self.whole else None
         if self.whole and experts is None:
             return None
-        own = [attention._modules[name].weight for name in lean.norms or ()] or [None, None]
-        weights, biases = [p.weight for p in projections], [p.bias for p in projections]
-        return LayerParts((norms[0], norms[1]), weights, biases, lean.form, *own, experts)
+        own = [attention._modules[name].weight for name in lean.norms or ()]
+        q_norm, k_norm = own or (None, None)
+        weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
+        return LayerParts((before, behind), weights, biases, lean.form, q_norm, k_norm, experts)
 
     def _experts_part(self, block: Any, x: Tensor) -> ExpertsPart | None:
         router, experts = _router_and_experts(block)
@@ -217,9 +221,13 @@ def one_token(x: Any) -> bool:
     )
 
 
-def room_of(layer: GrowingLayer, form: AttentionForm, x: Tensor) -> Room:
-    """Room for one more token of each sequence in x."""
-    like = x.new_empty(len(x), form.kv_heads, 1, form.head_dim)
+def one_key(form: AttentionForm, x: Tensor) -> Tensor:
+    """Something of the shape of one token's keys or values, for each sequence in x."""
+    return x.new_empty(len(x), form.kv_heads, 1, form.head_dim)
+
+
+def room_of(layer: GrowingLayer, like: Tensor) -> Room:
+    """Room for one more token with keys and values like these."""
     room = layer.room(like, like)
     assert room is not None
     return room

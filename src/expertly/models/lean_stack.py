@@ -15,7 +15,7 @@ from expertly.kernels.native import Library, library
 from expertly.kernels.native_layers import LayerParts, NativeLayers
 from expertly.models.cache import GrowingLayer, growing, growing_layer
 from expertly.models.lean_forward import LeanForward, guarded, hooked, lean_of
-from expertly.models.lean_layer import LeanLayer, one_token, room_of
+from expertly.models.lean_layer import LeanLayer, one_key, one_token, room_of
 from expertly.models.lean_watch import Watch
 
 _PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -75,7 +75,8 @@ class LeanStack(LeanForward):
         if self.kept is None or self.kept[0] is not x.dtype or not self.kept[1].unchanged():
             parts = [_parts(layer, x) for layer in module.layers]
             whole = [each for each in parts if each is not None and each.experts is not None]
-            if self.native is None or len(whole) < len(parts):
+            forms = {(each.form.kv_heads, each.form.head_dim) for each in whole}
+            if self.native is None or len(whole) < len(parts) or len(forms) > 1:
                 return None
             watch = Watch(module, [module.layers])
             self.kept = x.dtype, watch, NativeLayers(self.native, whole)
@@ -113,8 +114,8 @@ def _tried(module: Any, native: Library) -> LeanStack | None:
 def _decode(
     native: NativeLayers, x: Tensor, angles: tuple[Tensor, Tensor], layers: list[GrowingLayer]
 ) -> Tensor:
-    pairs = zip(layers, native.parts, strict=True)
-    rooms = [room_of(layer, part.form, x) for layer, part in pairs]
+    like = one_key(native.parts[0].form, x)
+    rooms = [room_of(layer, like) for layer in layers]
     y, _ = native.decode(x, angles, rooms, layers[0].get_seq_length())
     for layer in layers:
         layer.advance()
@@ -124,8 +125,9 @@ def _decode(
 def _parts(layer: nn.Module, x: Tensor) -> LayerParts | None:
     """What a layer's native call is made of; None where the layer itself must be called."""
     lean = lean_of(layer)
-    ours = isinstance(lean, LeanLayer) and lean.whole and not hooked(layer)
-    return lean.parts(layer, x) if ours else None
+    if not isinstance(lean, LeanLayer) or not lean.whole or hooked(layer):
+        return None
+    return lean.parts(layer, x)
 
 
 def _plainly(config: Any) -> bool:

@@ -95,9 +95,9 @@ int route(Step &step) {
   step.weights.resize(count * width_of(layer.weights_type));
   step.ids.resize(count);
   step.wide.resize(count);
-  int code = expertly_route(step.isa, &layer.router, step.normed, step.type, step.batch,
-                            step.logits.data(), EXPERTLY_FLOAT32, step.weights.data(),
-                            layer.weights_type, step.ids.data());
+  int code = expertly_route(step.isa, step.threads, &layer.router, step.normed, step.type,
+                            step.batch, step.logits.data(), EXPERTLY_FLOAT32,
+                            step.weights.data(), layer.weights_type, step.ids.data());
   if (code) return code;
   const Leaves &leaves = *leaves_of(step.isa);
   if (layer.weights_type == EXPERTLY_FLOAT32)

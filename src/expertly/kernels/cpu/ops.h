@@ -59,9 +59,10 @@ EXPERTLY_PUBLIC int expertly_attend(int isa, int threads, const expertly_attenti
                                     void *out);
 
 // x (tokens, dim): logits (tokens, experts), weights and ids (tokens, top_k), best expert first.
-EXPERTLY_PUBLIC int expertly_route(int isa, const expertly_router *router, const void *x,
-                                   int x_type, int64_t tokens, void *logits, int logits_type,
-                                   void *weights, int weights_type, int64_t *ids);
+EXPERTLY_PUBLIC int expertly_route(int isa, int threads, const expertly_router *router,
+                                   const void *x, int x_type, int64_t tokens, void *logits,
+                                   int logits_type, void *weights, int weights_type,
+                                   int64_t *ids);
 
 #ifdef __cplusplus
 }
@@ -73,7 +74,7 @@ template <class T>
 struct LeavesOf {
   void (*load)(const T *from, int64_t count, float clip, float *to);
   void (*store)(const float *from, int64_t count, T *to);
-  void (*normalise)(float *x, int64_t dim, const T *weight, float eps);
+  void (*weigh)(float *x, int64_t dim, const T *weight, float factor);
   void (*rotate)(float *x, const T *cos, const T *sin, int64_t rotated);
   void (*products)(const float *x, const T *rows, int64_t count, int64_t dim, float *to);
   // queries and sums are "placed": in the order in which 32 numbers of T are read
@@ -88,6 +89,7 @@ struct Leaves {
   LeavesOf<float> float32;
   LeavesOf<uint16_t> bfloat16;
   void (*softmax)(float *x, int64_t count, float scale);
+  float (*inverse_rms)(const float *x, int64_t count, float eps);
 
   const LeavesOf<float> &of(float) const { return float32; }
   const LeavesOf<uint16_t> &of(uint16_t) const { return bfloat16; }

@@ -15,31 +15,13 @@ namespace {
 
 constexpr int64_t kWorthWaking = 1 << 16;  // numbers of keys that pay for another thread
 
-template <class W>
-void norm(const Leaves &leaves, const expertly_attention &form, const void *weight, int64_t dim,
-          float *x) {
-  leaves.of(W()).normalise(x, dim, (const W *)weight, form.eps);
-}
-
-void norm(const Leaves &leaves, const expertly_attention &form, const void *weight, int64_t dim,
-          float *x) {
+// Multiplies x (dim) by a norm's weight, from number `first` of it on, and a factor.
+void weigh(const Leaves &leaves, const expertly_attention &form, const void *weight, int64_t first,
+           int64_t dim, float factor, float *x) {
   if (form.norm_type == EXPERTLY_FLOAT32)
-    norm<float>(leaves, form, weight, dim, x);
+    leaves.float32.weigh(x, dim, (const float *)weight + first, factor);
   else
-    norm<uint16_t>(leaves, form, weight, dim, x);
-}
-
-// What a family does to its queries or keys before they meet: x is (heads, head_dim).
-template <class T>
-void prepare(const Leaves &leaves, const expertly_attention &form, const void *weight,
-             int64_t heads, const T *cos, const T *sin, int64_t rotated, float *x) {
-  const int64_t dim = form.head_dim;
-  if (form.norm == 2) norm(leaves, form, weight, heads * dim, x);
-  for (int64_t head = 0; head < heads; head++, x += dim) {
-    if (form.norm == 1) norm(leaves, form, weight, dim, x);
-    leaves.of(T()).rotate(x, cos, sin, rotated);
-    if (form.norm == 3) norm(leaves, form, weight, dim, x);
-  }
+    leaves.bfloat16.weigh(x, dim, (const uint16_t *)weight + first, factor);
 }
 
 // One call's work.
@@ -50,54 +32,86 @@ struct Call {
   const expertly_decoding *now;
   int64_t shared, count;  // heads of the cache, of all sequences; tokens with the new one
   T *out;
-  float *q;        // (batch, heads, head_dim), placed
-  float *scratch;  // (threads, count + head_dim)
+  float *factors;  // (batch, 2), of a norm of all heads: of the queries and of the keys
+  float *scratch;  // (threads, scratch_of)
   int64_t next;    // head
 };
 
-// Queries into call.q, keys and values into the cache. scratch: (heads + 2 kv_heads) head_dim.
+// What a thread needs: scores, a head's sums, and its query as it came and placed.
+int64_t scratch_of(const expertly_attention &form, int64_t count) {
+  return count + 3 * form.head_dim;
+}
+
+// The norm of one head alone.
+void norm_head(const Leaves &leaves, const expertly_attention &form, const void *weight, float *x) {
+  const float factor = leaves.inverse_rms(x, form.head_dim, form.eps);
+  weigh(leaves, form, weight, 0, form.head_dim, factor, x);
+}
+
+// x = what a family makes of one head of its queries (part 0) or keys (part 1).
 template <class T>
-void prepare_sequence(const Call<T> &call, int64_t row, float *scratch) {
+void prepare(const Call<T> &call, int64_t row, int part, int64_t head, float *x) {
   const expertly_attention &form = *call.form;
   const expertly_decoding &now = *call.now;
   const LeavesOf<T> &leaf = call.leaves->of(T());
-  const int64_t dim = form.head_dim, wide = form.heads * dim, slim = form.kv_heads * dim;
-  const int64_t at = now.rotated_batch == 1 ? 0 : row * now.rotated;
-  const T *cos = (const T *)now.cos + at, *sin = (const T *)now.sin + at;
-  float *q = scratch, *k = q + wide, *v = k + slim;
-  leaf.load((const T *)now.q + row * wide, wide, form.clip, q);
-  leaf.load((const T *)now.k + row * slim, slim, form.clip, k);
-  leaf.load((const T *)now.v + row * slim, slim, form.clip, v);
-  prepare(*call.leaves, form, form.q_norm, form.heads, cos, sin, now.rotated, q);
-  prepare(*call.leaves, form, form.k_norm, form.kv_heads, cos, sin, now.rotated, k);
-  leaf.place(q, wide, call.q + row * wide);
-  for (int64_t head = 0; head < form.kv_heads; head++) {
-    const int64_t to = ((row * form.kv_heads + head) * now.room + now.length) * dim;
-    leaf.store(k + head * dim, dim, (T *)now.keys + to);
-    leaf.store(v + head * dim, dim, (T *)now.values + to);
-  }
+  const int64_t dim = form.head_dim, heads = part ? form.kv_heads : form.heads;
+  const int64_t angles = now.rotated_batch == 1 ? 0 : row * now.rotated;
+  const void *weight = part ? form.k_norm : form.q_norm;
+  leaf.load((const T *)(part ? now.k : now.q) + (row * heads + head) * dim, dim, form.clip, x);
+  if (form.norm == 2)
+    weigh(*call.leaves, form, weight, head * dim, dim, call.factors[2 * row + part], x);
+  if (form.norm == 1) norm_head(*call.leaves, form, weight, x);
+  leaf.rotate(x, (const T *)now.cos + angles, (const T *)now.sin + angles, now.rotated);
+  if (form.norm == 3) norm_head(*call.leaves, form, weight, x);
+}
+
+// A new key and value into the cache. head: of the cache, of all sequences.
+template <class T>
+void remember(const Call<T> &call, int64_t head, float *x) {
+  const expertly_attention &form = *call.form;
+  const expertly_decoding &now = *call.now;
+  const LeavesOf<T> &leaf = call.leaves->of(T());
+  const int64_t dim = form.head_dim, to = (head * now.room + now.length) * dim;
+  prepare(call, head / form.kv_heads, 1, head % form.kv_heads, x);
+  leaf.store(x, dim, (T *)now.keys + to);
+  leaf.load((const T *)now.v + head * dim, dim, form.clip, x);
+  leaf.store(x, dim, (T *)now.values + to);
 }
 
 // The queries that share one head of the cache.
 template <class T>
-void attend_head(const Call<T> &call, int64_t head, float *scratch) {
+void attend_head(const Call<T> &call, int64_t head, float *scores) {
+  const expertly_attention &form = *call.form;
   const LeavesOf<T> &leaf = call.leaves->of(T());
-  const int64_t dim = call.form->head_dim, past = head * call.now->room * dim;
-  const int64_t group = call.form->heads / call.form->kv_heads;
+  const int64_t dim = form.head_dim, past = head * call.now->room * dim;
+  const int64_t group = form.heads / form.kv_heads, row = head / form.kv_heads;
+  float *sums = scores + call.count, *x = sums + dim, *query = x + dim;
+  remember(call, head, x);
   for (int64_t each = head * group; each < (head + 1) * group; each++) {
-    leaf.dots(call.q + each * dim, (const T *)call.now->keys + past, call.count, dim, scratch);
-    call.leaves->softmax(scratch, call.count, call.form->scale);
-    leaf.mix(scratch, (const T *)call.now->values + past, call.count, dim, scratch + call.count);
-    leaf.put_back(scratch + call.count, dim, call.out + each * dim);
+    prepare(call, row, 0, each - row * form.heads, x);
+    leaf.place(x, dim, query);
+    leaf.dots(query, (const T *)call.now->keys + past, call.count, dim, scores);
+    call.leaves->softmax(scores, call.count, form.scale);
+    leaf.mix(scores, (const T *)call.now->values + past, call.count, dim, sums);
+    leaf.put_back(sums, dim, call.out + each * dim);
   }
 }
 
 template <class T>
 void work(void *context, int thread, int) {
   Call<T> &call = *(Call<T> *)context;
-  float *scratch = call.scratch + thread * (call.count + call.form->head_dim);
+  float *scratch = call.scratch + thread * scratch_of(*call.form, call.count);
   for (int64_t head = take(&call.next); head < call.shared; head = take(&call.next))
     attend_head(call, head, scratch);
+}
+
+// Of a norm of all heads together: what the queries or keys of a sequence are multiplied by.
+template <class T>
+float factor_of(const Leaves &leaves, const expertly_attention &form, const void *x, int64_t row,
+                int64_t heads, std::vector<float> *room) {
+  const int64_t wide = heads * form.head_dim;
+  leaves.of(T()).load((const T *)x + row * wide, wide, form.clip, room->data());
+  return leaves.inverse_rms(room->data(), wide, form.eps);
 }
 
 template <class T>
@@ -105,10 +119,13 @@ void attend(const Leaves &leaves, int threads, const expertly_attention &form,
             const expertly_decoding &now, int64_t batch, T *out) {
   const int64_t dim = form.head_dim, shared = batch * form.kv_heads, count = now.length + 1;
   if (shared * count * dim < kWorthWaking) threads = 1;
-  std::vector<float> row((form.heads + 2 * form.kv_heads) * dim), q(batch * form.heads * dim);
-  std::vector<float> scratch(threads * (count + dim));
-  Call<T> call{&leaves, &form, &now, shared, count, out, q.data(), scratch.data(), 0};
-  for (int64_t each = 0; each < batch; each++) prepare_sequence(call, each, row.data());
+  std::vector<float> factors(2 * batch), row(form.norm == 2 ? form.heads * dim : 0);
+  std::vector<float> scratch(threads * scratch_of(form, count));
+  Call<T> call{&leaves, &form, &now, shared, count, out, factors.data(), scratch.data(), 0};
+  for (int64_t each = 0; each < batch && form.norm == 2; each++) {
+    factors[2 * each] = factor_of<T>(leaves, form, now.q, each, form.heads, &row);
+    factors[2 * each + 1] = factor_of<T>(leaves, form, now.k, each, form.kv_heads, &row);
+  }
   run_team(threads, work<T>, &call);
 }
 

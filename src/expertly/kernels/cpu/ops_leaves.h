@@ -99,12 +99,15 @@ void store(const float *from, int64_t count, T *to) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
 }
 
-template <class T>
-void normalise(float *x, int64_t dim, const T *weight, float eps) {
+float inverse_rms(const float *x, int64_t count, float eps) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < dim; i++) sum += x[i] * x[i];
-  float factor = 1 / __builtin_sqrtf(sum / (float)dim + eps);
+  for (int64_t i = 0; i < count; i++) sum += x[i] * x[i];
+  return 1 / __builtin_sqrtf(sum / (float)count + eps);
+}
+
+template <class T>
+void weigh(float *x, int64_t dim, const T *weight, float factor) {
   for (int64_t i = 0; i < dim; i++) x[i] *= factor * widen(weight[i]);
 }
 
@@ -236,10 +239,10 @@ void softmax(float *x, int64_t count, float scale) {
 
 template <class T>
 constexpr expertly::LeavesOf<T> leaves_for() {
-  return {load<T>,  store<T>, normalise<T>, rotate<T>,  products<T>,
+  return {load<T>,  store<T>, weigh<T>, rotate<T>,  products<T>,
           place<T>, dots<T>,  mix<T>,       put_back<T>};
 }
 
-const expertly::Leaves kLeaves = {leaves_for<float>(), leaves_for<uint16_t>(), softmax};
+const expertly::Leaves kLeaves = {leaves_for<float>(), leaves_for<uint16_t>(), softmax, inverse_rms};
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "team.h"
 
 namespace expertly {
 namespace {
@@ -72,20 +73,43 @@ void choose(const Leaves &leaves, const expertly_router &router, Row *row, int64
     weight = (router.renormalise ? weight / sum : weight) * router.factor;
 }
 
+constexpr int64_t kRows = 16;  // of the weight, that a thread takes at a time
+
+template <class W>
+struct Product {
+  const LeavesOf<W> *leaf;
+  const expertly_router *router;
+  Row *row;
+  int64_t next;  // row
+};
+
+template <class W>
+void work(void *context, int, int) {
+  Product<W> &all = *(Product<W> *)context;
+  const expertly_router &router = *all.router;
+  const W *weight = (const W *)router.weight;
+  for (int64_t first; (first = kRows * take(&all.next)) < router.experts;) {
+    const int64_t left = router.experts - first, count = left < kRows ? left : kRows;
+    float *logits = all.row->logits.data() + first;
+    if (router.dim % 32)
+      all.leaf->products(all.row->x.data(), weight + first * router.dim, count, router.dim, logits);
+    else
+      all.leaf->dots(all.row->placed.data(), weight + first * router.dim, count, router.dim, logits);
+  }
+}
+
 // logits = weight x; rows that divide into 32 numbers are read several at a time.
 template <class W>
-void product(const LeavesOf<W> &leaf, const expertly_router &router, Row *row) {
-  const W *weight = (const W *)router.weight;
-  if (router.dim % 32)
-    return leaf.products(row->x.data(), weight, router.experts, router.dim, row->logits.data());
+void product(const LeavesOf<W> &leaf, const expertly_router &router, int threads, Row *row) {
   row->placed.resize(router.dim);
-  leaf.place(row->x.data(), router.dim, row->placed.data());
-  leaf.dots(row->placed.data(), weight, router.experts, router.dim, row->logits.data());
+  if (router.dim % 32 == 0) leaf.place(row->x.data(), router.dim, row->placed.data());
+  Product<W> all = {&leaf, &router, row, 0};
+  run_team(threads, work<W>, &all);
 }
 
 // Rounded to x's type where the family computes them in it.
-void logits_of(const Leaves &leaves, const expertly_router &router, const void *x, int x_type,
-               int64_t token, Row *row) {
+void logits_of(const Leaves &leaves, const expertly_router &router, int threads, const void *x,
+               int x_type, int64_t token, Row *row) {
   const int64_t dim = router.dim, at = token * dim;
   row->x.resize(dim), row->logits.resize(router.experts);
   if (x_type == EXPERTLY_FLOAT32)
@@ -93,9 +117,9 @@ void logits_of(const Leaves &leaves, const expertly_router &router, const void *
   else
     leaves.bfloat16.load((const uint16_t *)x + at, dim, 0, row->x.data());
   if (router.weight_type == EXPERTLY_FLOAT32)
-    product(leaves.float32, router, row);
+    product(leaves.float32, router, threads, row);
   else
-    product(leaves.bfloat16, router, row);
+    product(leaves.bfloat16, router, threads, row);
   if (router.exact || x_type == EXPERTLY_FLOAT32) return;
   std::vector<uint16_t> rounded(router.experts);
   leaves.bfloat16.store(row->logits.data(), router.experts, rounded.data());
@@ -131,12 +155,13 @@ int check_router(const expertly_router &router, int64_t tokens) {
 }  // namespace
 }  // namespace expertly
 
-int expertly_route(int isa, const expertly_router *router, const void *x, int x_type,
+int expertly_route(int isa, int threads, const expertly_router *router, const void *x, int x_type,
                    int64_t tokens, void *logits, int logits_type, void *weights, int weights_type,
                    int64_t *ids) {
   using namespace expertly;
   const Leaves *leaves = leaves_of(isa);
   if (!leaves) return EXPERTLY_ISA;
+  if (threads < 1 || threads > 4096) return EXPERTLY_THREADS;
   if (!router) return EXPERTLY_NULL;
   if (!known(x_type) || !known(logits_type) || !known(weights_type)) return EXPERTLY_TYPE;
   const int code = check_router(*router, tokens);
@@ -145,7 +170,7 @@ int expertly_route(int isa, const expertly_router *router, const void *x, int x_
   try {
     Row row;
     for (int64_t token = 0; token < tokens; token++) {
-      logits_of(*leaves, *router, x, x_type, token, &row);
+      logits_of(*leaves, *router, threads, x, x_type, token, &row);
       choose(*leaves, *router, &row, ids + token * router->top_k);
       put(*leaves, row.logits, logits, logits_type, token);
       put(*leaves, row.weights, weights, weights_type, token);
