@@ -16,6 +16,7 @@ class Part(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.eps, self.act = config, 1e-6, nn.SiLU()
+        self.function = torch.relu
         self.linear = nn.Linear(3, 2)
         self.register_parameter("none", None)
         self.register_buffer("bias", torch.zeros(2))
@@ -44,8 +45,8 @@ def watch(whole):
     return watch
 
 
-def parameter(*shape):
-    return nn.Parameter(torch.zeros(shape))
+def parameter(*shape, **kinds):
+    return nn.Parameter(torch.zeros(shape, **kinds))
 
 
 def assign(name, value):
@@ -73,7 +74,7 @@ CHANGES = {
     "a new setting": assign("offset", lambda: 1),
     "training": lambda whole: whole.layers[1].eval(),
     "training of one inside": lambda whole: whole.layers[1].linear.eval(),
-    "a function": assign("act", lambda: torch.relu),
+    "a function": assign("function", lambda: torch.tanh),
     "a forward": assign("forward", lambda: torch.relu),
     "a forward inside": assign("linear.forward", lambda: torch.relu),
     "a child": assign("linear", lambda: nn.Linear(3, 2)),
@@ -85,7 +86,9 @@ CHANGES = {
     "the layers turned": lambda whole: setattr(whole, "layers", nn.ModuleList(whole.layers[::-1])),
     "a parameter": assign("linear.weight", lambda: parameter(2, 3)),
     "a parameter of another shape": assign("linear.weight", lambda: parameter(2, 4)),
-    "a parameter of another dtype": assign("linear.weight", lambda: nn.Parameter(torch.ones(2, 3).double())),
+    "a parameter of another dtype": assign(
+        "linear.weight", lambda: parameter(2, 3, dtype=torch.float64)
+    ),
     "a parameter where none was": assign("none", lambda: parameter(2)),
     "no parameter": assign("linear.bias", lambda: None),
     "a parameter less": lambda whole: delattr(whole.layers[1].linear, "bias"),
@@ -104,7 +107,7 @@ CHANGES = {
     "a setting of the caller": lambda whole: setattr(whole, "scale", 2.0),
     "a new setting of the caller": lambda whole: setattr(whole, "factor", 2.0),
     "a child that is called": lambda whole: setattr(whole, "called", nn.Linear(2, 2)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

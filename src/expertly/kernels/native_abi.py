@@ -85,22 +85,6 @@ class Attention(ctypes.Structure):
     )
 
 
-class Decoding(ctypes.Structure):
-    _fields_ = (
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("rotated", c_int64),
-        ("rotated_batch", c_int64),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("room", c_int64),
-        ("length", c_int64),
-    )
-
-
 class Router(ctypes.Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -149,7 +133,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-norm = struct.Struct("3P2q4i2f").pack  # a Norm, made faster; bytes go as their address
+# made faster than by ctypes; bytes go as their address
+norm = struct.Struct("3P2q4i2f").pack  # a Norm
+decoding = struct.Struct("5P2q2P2q").pack  # an expertly_decoding
 
 
 def load(path: Path) -> ctypes.CDLL | None:

@@ -78,14 +78,15 @@ class NativeLayers:
         """
         cos, sin = angles
         _check(self.parts, x, cos, sin, rooms)
-        places = (abi.Decoding * len(rooms))(*(decoding_of(cos, sin, r, length) for r in rooms))
+        none = (0, 0, 0)  # the layers' own
+        places = b"".join([decoding_of(none, cos, sin, room, length) for room in rooms])
         y, normed = torch.empty_like(x), torch.empty_like(x)
         code = self._decode(
             self._library.isa,
             torch.get_num_threads(),
             len(rooms),
             byref(self._layers),
-            byref(places),
+            places,
             x.data_ptr(),
             TYPES[x.dtype],
             len(x),

@@ -5,6 +5,7 @@ and says which papers it follows. Forward only, on the CPU, in float32 or bfloat
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref
 from typing import NamedTuple
 
@@ -94,14 +95,14 @@ class Operations:
         _check_attention(form, new, room)
         q, kind = new.q, type_of(new.q)
         shape = attention_of(form, q_norm, k_norm)
-        now = decoding_of(new.cos, new.sin, room, length)
-        now.q, now.k, now.v = q.data_ptr(), new.k.data_ptr(), new.v.data_ptr()
+        places = [q.data_ptr(), new.k.data_ptr(), new.v.data_ptr()]
+        now = decoding_of(places, new.cos, new.sin, room, length)
         out = q.new_empty(room.batch, form.heads * form.head_dim)
         code = self._attend(
             self._isa,
             torch.get_num_threads(),
             byref(shape),
-            byref(now),
+            now,
             kind,
             room.batch,
             out.data_ptr(),
@@ -155,18 +156,11 @@ def attention_of(
     )
 
 
-def decoding_of(cos: Tensor, sin: Tensor, room: Room, length: int) -> abi.Decoding:
-    """A new token's place in C, behind `length` others; its queries, keys and values left open."""
-    return abi.Decoding(
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        rotated=cos.shape[-1],
-        rotated_batch=cos.shape[0],
-        keys=room.keys.data_ptr(),
-        values=room.values.data_ptr(),
-        room=room.size,
-        length=length,
-    )
+def decoding_of(new: Sequence[int], cos: Tensor, sin: Tensor, room: Room, length: int) -> bytes:
+    """A new token's place in C, behind `length` others. new: where its q, k and v lie."""
+    angles = cos.data_ptr(), sin.data_ptr(), cos.shape[-1], cos.shape[0]
+    cache = room.keys.data_ptr(), room.values.data_ptr(), room.size, length
+    return abi.decoding(*new, *angles, *cache)
 
 
 def router_of(form: RouterForm, weight: Tensor, bias: Tensor | None) -> abi.Router:
