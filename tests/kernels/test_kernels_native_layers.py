@@ -102,15 +102,15 @@ def experts(kind, dtype, draw):
     )
 
 
-def inputs(batch, dtype, layers=1, seed=9):
+def inputs(batch, dtype, layers=1, seed=9, size=ROOM):
     """x, angles and rooms."""
     draw = Random(seed)
     angles = draw(1 if seed % 2 else batch, 1, HEAD)
-    rooms = [Room(*(draw(batch, KV, ROOM, HEAD, dtype=dtype) for _ in "kv")) for _ in range(layers)]
+    rooms = [Room(*(draw(batch, KV, size, HEAD, dtype=dtype) for _ in "kv")) for _ in range(layers)]
     return draw(batch, 1, DIM, dtype=dtype), (angles.cos().to(dtype), angles.sin().to(dtype)), rooms
 
 
-def single_calls(kernels, parts, x, angles, room):
+def single_calls(kernels, parts, x, angles, room, length):
     """A layer's answer and its second norm's, one call after the other."""
     native = Operations(kernels.handle, kernels.isa)
 
@@ -119,7 +119,7 @@ def single_calls(kernels, parts, x, angles, room):
 
     three = kernels.linears(parts.projections[:3], parts.biases[:3], norm(parts.norms[0], x))
     new = New(*three, *angles)
-    heads = native.attend(parts.form, new, room, LENGTH, parts.q_norm, parts.k_norm)
+    heads = native.attend(parts.form, new, room, length, parts.q_norm, parts.k_norm)
     [out] = kernels.linears(parts.projections[3:], parts.biases[3:], heads.view(len(x), 1, -1))
     x = x + out
     normed = norm(parts.norms[1], x)
@@ -130,14 +130,14 @@ def single_calls(kernels, parts, x, angles, room):
     return x + kernels.experts(*part[3:], flat, ids, weights).view_as(x), normed
 
 
-def check(kernels, parts, batch, dtype, **changes):
+def check(kernels, parts, batch, dtype, length=LENGTH, **changes):
     x, angles, rooms = inputs(batch, dtype, len(parts), **changes)
     copies = [Room(room.keys.clone(), room.values.clone()) for room in rooms]
     given = x.clone()
-    got, got_normed = NativeLayers(kernels, parts).decode(x, angles, rooms, LENGTH)
+    got, got_normed = NativeLayers(kernels, parts).decode(x, angles, rooms, length)
     want = x
     for part, room in zip(parts, copies, strict=True):
-        want, normed = single_calls(kernels, part, want, angles, room)
+        want, normed = single_calls(kernels, part, want, angles, room, length)
     assert got.isfinite().all()
     assert got.equal(want)
     assert got_normed.equal(normed)
@@ -166,6 +166,7 @@ def test_layers_are_one_another_s_input(kernels, last, count, dtype):
     with threads(count):
         check(kernels, stack, 2, dtype)
         check(kernels, stack[-3:], 1, dtype)
+        check(kernels, stack[:2], 3, dtype, 700, size=720)  # threads share attention, too
 
 
 def test_norms_in_float32_of_bfloat16_numbers(kernels):
@@ -224,7 +225,7 @@ WRONG_INPUTS = {
 @pytest.mark.parametrize("given", WRONG_INPUTS.values(), ids=WRONG_INPUTS)
 def test_inputs_that_do_not_fit_are_refused(given):
     before = ROOMS[0].keys.clone()
-    with pytest.raises(ValueError, match="layers|argument"):
+    with pytest.raises(ValueError, match=r"layers|argument"):
         decode([layer(Kind(), torch.float32)], *given)
     assert ROOMS[0].keys.equal(before)
 
@@ -238,7 +239,8 @@ def test_no_room_is_refused_before_anything_is_written(length):
 
 
 def changed(part=None, **fields):
-    parts = layer(Kind(bias=True, norm="each head"), torch.float32)
+    biased = any("bias" in name for name in fields)
+    parts = layer(Kind(bias=biased, norm="each head"), torch.float32)
     if part == "experts":
         fields = {"experts": parts.experts._replace(**fields)}
     if "first" in fields:

@@ -97,7 +97,6 @@ CHANGES = {
     "a buffer": assign("bias", lambda: torch.zeros(2)),
     "a buffer's data": new_data("bias", 2),
     "no buffer": assign("bias", lambda: None),
-    "an equal number": assign("one", lambda: torch.zeros(1)),
     "another number": assign("one", lambda: torch.ones(1)),
     "another dtype": lambda whole: whole.layers[1].to(torch.float64),
     "memory shared": lambda whole: whole.layers[1].linear.share_memory(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertly.kernels import native_abi as abi
-from expertly.kernels.native import TYPES, Gate, Library, address_of, gate_of, pointer
+from expertly.kernels.native import TYPES, Gate, Library, address_of, check_bias, gate_of, pointer
 from expertly.kernels.native_ops import (
     AttentionForm,
     Room,
@@ -113,6 +113,10 @@ def _check(
 
 
 def _layer_of(parts: LayerParts) -> abi.Layer:
+    for projection, bias in zip(parts.projections, parts.biases, strict=True):
+        check_bias(bias, projection.shape[:-1])
+    if any(not norm.weight.is_contiguous() for norm in parts.norms):
+        raise ValueError("layers: the norms' weights must be contiguous")
     norms = [
         abi.Norm(
             weight=weight.data_ptr(),
@@ -136,6 +140,11 @@ def _layer_of(parts: LayerParts) -> abi.Layer:
 
 
 def _add_experts(layer: abi.Layer, part: ExpertsPart) -> None:
+    check_bias(part.bias, part.weight.shape[:1])
+    check_bias(part.gate_up_bias, part.gate_up.shape[:-1])
+    check_bias(part.down_bias, part.down.shape[:-1])
+    if not part.weight.is_contiguous():
+        raise ValueError("layers: the router's weight must be contiguous")
     layer.router = router_of(part.form, part.weight, part.bias)
     layer.weights_type = TYPES[part.form.weights_dtype]
     layer.gate_up, layer.down = address_of(part.gate_up), address_of(part.down)

@@ -143,7 +143,8 @@ def _plain_norm(module: Any) -> LeanNorm | None:
     lean = lean_of(module)
     if not isinstance(lean, LeanNorm) or lean.offset != 0 or not lean.unchanged(module):
         return None
-    return lean if module._parameters["weight"].dtype is lean.weight_dtype else None
+    weight = module._parameters["weight"]
+    return lean if weight.dtype is lean.weight_dtype and weight.is_contiguous() else None
 
 
 def _with_drawn_norms(module: Any, names: Iterable[str]) -> Any:

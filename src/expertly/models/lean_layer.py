@@ -195,7 +195,7 @@ def _norm_part(module: Any, dtype: torch.dtype) -> NormPart | None:
     if not isinstance(lean, LeanNorm) or hooked(module) or not lean.unchanged(module):
         return None
     weight = module._parameters["weight"]
-    if (dtype, weight.dtype) != (lean.dtype, lean.weight_dtype):
+    if (dtype, weight.dtype) != (lean.dtype, lean.weight_dtype) or not weight.is_contiguous():
         return None
     if not lean.once and weight.dtype is not dtype and dtype != torch.float32:
         return None

@@ -53,6 +53,7 @@ class LeanRouter(LeanForward):
             self.native is not None
             and x.numel() <= MOST * weight.shape[1]
             and (x.dtype, weight.dtype) == self.dtypes
+            and weight.is_contiguous()
             and not module.training
             and plain(x)
             and self.unchanged(module)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from expertly.kernels.native import Library, library
 from expertly.kernels.native_layers import LayerParts, NativeLayers
 from expertly.models.cache import GrowingLayer, growing, growing_layer
-from expertly.models.lean_forward import LeanForward, guarded, hooked, lean_of
+from expertly.models.lean_forward import LeanForward, guarded, hooked, lean_of, settings_of
 from expertly.models.lean_layer import LeanLayer, one_key, one_token, room_of
 from expertly.models.lean_watch import Watch
 
@@ -59,7 +59,8 @@ class LeanStack(LeanForward):
             return None
         held = [growing_layer(past_key_values, index) for index in range(len(module.layers))]
         layers = [layer for layer in held if layer is not None]
-        if len(layers) < len(held) or not _sees_all(attention_mask):
+        lengths = {layer.get_seq_length() for layer in layers}
+        if len(layers) < len(held) or len(lengths) > 1 or not _sees_all(attention_mask):
             return None
         x = module.embed_tokens(input_ids)
         native = self._ready(module, x) if one_token(x) else None
@@ -78,6 +79,8 @@ class LeanStack(LeanForward):
             forms = {(each.form.kv_heads, each.form.head_dim) for each in whole}
             if self.native is None or len(whole) < len(parts) or len(forms) > 1:
                 return None
+            if not self.unchanged(module) or not _all_in_order(module):
+                return None
             watch = Watch(module, [module.layers])
             self.kept = x.dtype, watch, NativeLayers(self.native, whole)
         return self.kept[2]
@@ -93,7 +96,7 @@ def lean_stack(module: nn.Module, native: Library, dtype: torch.dtype) -> LeanSt
     leans = [lean_of(layer) for layer in module.layers]
     if not leans or not all(isinstance(lean, LeanLayer) and lean.whole for lean in leans):
         return None
-    return None if _windowed(module.config) else guarded(_tried, module, native)
+    return guarded(_tried, module, native) if _all_in_order(module) else None
 
 
 def _tried(module: Any, native: Library) -> LeanStack | None:
@@ -102,6 +105,7 @@ def _tried(module: Any, native: Library) -> LeanStack | None:
     ids = torch.arange(_TRIED)[None] % module.embed_tokens.num_embeddings
     stock = own(module, input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     lean, copied = LeanStack(native, type(stock)), deepcopy(cache)
+    lean.settings = settings_of(module)
     ours = lean.decoded(module, input_ids=ids[:, -1:], past_key_values=cache)
     stock = own(module, input_ids=ids[:, -1:], past_key_values=copied, use_cache=True)
     if ours is None or ours.keys() != stock.keys():
@@ -137,6 +141,14 @@ def _plainly(config: Any) -> bool:
 
 def _sees_all(mask: Tensor | None) -> bool:
     return mask is None or (mask.dim() == 2 and bool(mask.all()))
+
+
+def _all_in_order(module: Any) -> bool:
+    """Whether each layer sees all tokens, and has the place in the cache that it has here."""
+    order = [layer.self_attn.layer_idx for layer in module.layers]
+    shown = getattr(module.config, "num_hidden_layers", None)
+    in_place = shown == len(order) and order == [*range(len(order))]
+    return in_place and not _windowed(module.config)
 
 
 def _windowed(config: Any) -> bool:

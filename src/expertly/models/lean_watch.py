@@ -23,6 +23,7 @@ class Watch:
         held = [each for m in modules for each in (m._modules, m._parameters, m._buffers)]
         # a forward of its own, say, may be new there; what else is held is not asked for
         self._growing = [vars(caller), *map(vars, modules), *configs.values()]
+        self._growing += [m._modules for m in modules if isinstance(m, nn.ModuleList)]
         self._sizes = [*map(len, self._growing)]
         dicts = [*self._growing, caller._modules, *held]
         pairs = [(each, name) for each in dicts for name in each if name not in _BASE]

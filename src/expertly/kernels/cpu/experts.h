@@ -220,12 +220,8 @@ static void work_on_experts(void *context, int thread, int threads) {
 static int run_segment(const Experts &call) {
   ExpertsRun run = {};
   run.call = &call;
-  Arena arena = {};
-  place_experts(&run, &arena);
-  void *memory = 0;
-  if (posix_memalign(&memory, 64, arena.used) != 0) return EXPERTLY_MEMORY;
-  arena = {(char *)memory, 0};
-  place_experts(&run, &arena);
+  void *memory = lay_out(&run, place_experts);
+  if (!memory) return EXPERTLY_MEMORY;
   sort_by_expert(&run);
   run.serial = call.tokens * run.x.cols <= kSerial || call.threads == 1;
   if (run.serial) prepare_rows(run.x, call.tokens);

@@ -146,12 +146,8 @@ static void work_on_linears(void *context, int thread, int threads) {
 static int run_linears(const Linears &call) {
   LinearsRun run = {};
   run.call = &call;
-  Arena arena = {};
-  place_linears(&run, &arena);
-  void *memory = 0;
-  if (posix_memalign(&memory, 64, arena.used) != 0) return EXPERTLY_MEMORY;
-  arena = {(char *)memory, 0};
-  place_linears(&run, &arena);
+  void *memory = lay_out(&run, place_linears);
+  if (!memory) return EXPERTLY_MEMORY;
   run.run = run_of(call);
   run.items = place_tasks(call, run.tasks);
   run.serial = call.tokens * call.cols <= kSerial || call.threads == 1;

@@ -79,8 +79,11 @@ struct LeavesOf {
   void (*products)(const float *x, const T *rows, int64_t count, int64_t dim, float *to);
   // queries and sums are "placed": in the order in which 32 numbers of T are read
   void (*place)(const float *from, int64_t count, float *to);
-  void (*dots)(const float *q, const T *keys, int64_t count, int64_t dim, float *scores);
-  void (*mix)(const float *p, const T *values, int64_t count, int64_t dim, float *to);
+  // q, to (queries, dim), scores, p (queries, count)
+  void (*dots)(const float *q, int64_t queries, const T *keys, int64_t count, int64_t dim,
+               float *scores);
+  void (*mix)(const float *p, int64_t queries, const T *values, int64_t count, int64_t dim,
+              float *to);
   void (*put_back)(const float *from, int64_t count, T *to);
 };
 

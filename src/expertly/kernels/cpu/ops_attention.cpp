@@ -37,9 +37,11 @@ struct Call {
   int64_t next;    // head
 };
 
-// What a thread needs: scores, a head's sums, and its query as it came and placed.
+int64_t group_of(const expertly_attention &form) { return form.heads / form.kv_heads; }
+
+// What a thread needs: scores, sums and placed queries of a group, and a head as it came.
 int64_t scratch_of(const expertly_attention &form, int64_t count) {
-  return count + 3 * form.head_dim;
+  return group_of(form) * (count + 2 * form.head_dim) + form.head_dim;
 }
 
 // The norm of one head alone.
@@ -83,18 +85,18 @@ template <class T>
 void attend_head(const Call<T> &call, int64_t head, float *scores) {
   const expertly_attention &form = *call.form;
   const LeavesOf<T> &leaf = call.leaves->of(T());
-  const int64_t dim = form.head_dim, past = head * call.now->room * dim;
-  const int64_t group = form.heads / form.kv_heads, row = head / form.kv_heads;
-  float *sums = scores + call.count, *x = sums + dim, *query = x + dim;
+  const int64_t dim = form.head_dim, group = group_of(form), count = call.count;
+  const int64_t past = head * call.now->room * dim, row = head / form.kv_heads;
+  float *sums = scores + group * count, *queries = sums + group * dim, *x = queries + group * dim;
   remember(call, head, x);
-  for (int64_t each = head * group; each < (head + 1) * group; each++) {
-    prepare(call, row, 0, each - row * form.heads, x);
-    leaf.place(x, dim, query);
-    leaf.dots(query, (const T *)call.now->keys + past, call.count, dim, scores);
-    call.leaves->softmax(scores, call.count, form.scale);
-    leaf.mix(scores, (const T *)call.now->values + past, call.count, dim, sums);
-    leaf.put_back(sums, dim, call.out + each * dim);
+  for (int64_t i = 0; i < group; i++) {
+    prepare(call, row, 0, head * group + i - row * form.heads, x);
+    leaf.place(x, dim, queries + i * dim);
   }
+  leaf.dots(queries, group, (const T *)call.now->keys + past, count, dim, scores);
+  for (int64_t i = 0; i < group; i++) call.leaves->softmax(scores + i * count, count, form.scale);
+  leaf.mix(scores, group, (const T *)call.now->values + past, count, dim, sums);
+  leaf.put_back(sums, group * dim, call.out + head * group * dim);
 }
 
 template <class T>

@@ -153,54 +153,88 @@ INLINE void add_up(Wide a, Wide b, Wide c, Wide d, float *to) {
   to[2] = all[2] + all[3], to[3] = all[6] + all[7];
 }
 
-template <class T>
-void dots(const float *q, const T *keys, int64_t count, int64_t dim, float *scores) {
+// Several queries meet each key while it is in a register.
+template <int kQueries, class T>
+void dots_of(const float *q, const T *keys, int64_t count, int64_t dim, float *scores) {
   const int64_t part = (count + kRows - 1) / kRows;
   for (int64_t t = 0; t < part; t++) {
     int64_t at[kRows];
     for (int64_t r = 0; r < kRows; r++)  // the last one again where there are none left
       at[r] = t + r * part < count ? t + r * part : count - 1;
-    Wide sum[kRows] = {};
+    Wide sum[kQueries][kRows] = {};
     for (int64_t i = 0; i < dim; i += kPair) {
-      Two query = {get<Wide>(q + i), get<Wide>(q + i + 16)};
+      Two query[kQueries];
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kQueries; j++)
+        query[j] = {get<Wide>(q + j * dim + i), get<Wide>(q + j * dim + i + 16)};
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; r++) {
         const T *key = keys + at[r] * dim + i;
         ahead(key);
         Two x = read(key);
-        sum[r] += query.low * x.low;
-        sum[r] += query.high * x.high;
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kQueries; j++) {
+          sum[j][r] += query[j].low * x.low;
+          sum[j][r] += query[j].high * x.high;
+        }
       }
     }
-    float four[kRows];
-    add_up(sum[0], sum[1], sum[2], sum[3], four);
-    for (int64_t r = 0; r < kRows; r++) scores[at[r]] = four[r];
+    for (int64_t j = 0; j < kQueries; j++) {
+      float four[kRows];
+      add_up(sum[j][0], sum[j][1], sum[j][2], sum[j][3], four);
+      for (int64_t r = 0; r < kRows; r++) scores[j * count + at[r]] = four[r];
+    }
   }
 }
 
-// The sums of kPairs * 32 columns, which stay in registers.
-template <int kPairs, class T>
+// The sums of kPairs * 32 columns for several queries, which stay in registers.
+template <int kQueries, int kPairs, class T>
 void mix_columns(const float *p, const T *values, int64_t count, int64_t dim, float *to) {
   const int64_t part = (count + kRows - 1) / kRows;
-  Two sum[kPairs] = {};
+  Two sum[kQueries][kPairs] = {};
   for (int64_t t = 0; t < part; t++)
-    for (int64_t at = t; at < count; at += part)
+    for (int64_t at = t; at < count; at += part) {
+      float weight[kQueries];
+      for (int64_t j = 0; j < kQueries; j++) weight[j] = p[j * count + at];
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kPairs; i++) {
         const T *value = values + at * dim + i * kPair;
         ahead(value);
         Two x = read(value);
-        sum[i].low += p[at] * x.low, sum[i].high += p[at] * x.high;
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kQueries; j++)
+          sum[j][i].low += weight[j] * x.low, sum[j][i].high += weight[j] * x.high;
       }
-  memcpy(to, sum, sizeof(sum));
+    }
+  for (int64_t j = 0; j < kQueries; j++) memcpy(to + j * dim, sum[j], sizeof(sum[j]));
+}
+
+template <int kQueries, class T>
+void mix_of(const float *p, const T *values, int64_t count, int64_t dim, float *to) {
+  int64_t i = 0;
+  if (kQueries == 1)  // else registers do not do
+    for (; i + 4 * kPair <= dim; i += 4 * kPair)
+      mix_columns<kQueries, 4>(p, values + i, count, dim, to + i);
+  for (; i + 2 * kPair <= dim; i += 2 * kPair)
+    mix_columns<kQueries, 2>(p, values + i, count, dim, to + i);
+  if (i < dim) mix_columns<kQueries, 1>(p, values + i, count, dim, to + i);
 }
 
 template <class T>
-void mix(const float *p, const T *values, int64_t count, int64_t dim, float *to) {
-  int64_t i = 0;
-  for (; i + 4 * kPair <= dim; i += 4 * kPair) mix_columns<4>(p, values + i, count, dim, to + i);
-  for (; i + 2 * kPair <= dim; i += 2 * kPair) mix_columns<2>(p, values + i, count, dim, to + i);
-  if (i < dim) mix_columns<1>(p, values + i, count, dim, to + i);
+void dots(const float *q, int64_t queries, const T *keys, int64_t count, int64_t dim,
+          float *scores) {
+  int64_t j = 0;
+  for (; j + 4 <= queries; j += 4) dots_of<4>(q + j * dim, keys, count, dim, scores + j * count);
+  for (; j + 2 <= queries; j += 2) dots_of<2>(q + j * dim, keys, count, dim, scores + j * count);
+  if (j < queries) dots_of<1>(q + j * dim, keys, count, dim, scores + j * count);
+}
+
+template <class T>
+void mix(const float *p, int64_t queries, const T *values, int64_t count, int64_t dim, float *to) {
+  int64_t j = 0;
+  for (; j + 4 <= queries; j += 4) mix_of<4>(p + j * count, values, count, dim, to + j * dim);
+  for (; j + 2 <= queries; j += 2) mix_of<2>(p + j * count, values, count, dim, to + j * dim);
+  if (j < queries) mix_of<1>(p + j * count, values, count, dim, to + j * dim);
 }
 
 // e^x for x <= 0 within 2 units in the last place, in steps that become vectors: x = n ln 2 + r,

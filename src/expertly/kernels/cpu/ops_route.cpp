@@ -94,7 +94,8 @@ void work(void *context, int, int) {
     if (router.dim % 32)
       all.leaf->products(all.row->x.data(), weight + first * router.dim, count, router.dim, logits);
     else
-      all.leaf->dots(all.row->placed.data(), weight + first * router.dim, count, router.dim, logits);
+      all.leaf->dots(all.row->placed.data(), 1, weight + first * router.dim, count, router.dim,
+                     logits);
   }
 }
 

@@ -14,14 +14,16 @@ struct ReadRun {
   uint64_t sum;
 };
 
-// Several sums, so that no addition waits for the one before it.
+// Eight places are read side by side: memory is prefetched page by page, so one run of addresses
+// gets two thirds of what several get. Each has sums of its own, so that no addition waits.
 uint64_t sum_of(const uint64_t *words, int64_t count) {
-  uint64_t sums[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    for (int k = 0; k < 8; k++) sums[k] += words[i + k];
-  for (; i < count; i++) sums[0] += words[i];
-  uint64_t sum = 0;
+  constexpr int kPlaces = 8, kLine = 8;
+  const int64_t part = count / kPlaces / kLine * kLine;
+  uint64_t sums[kPlaces] = {}, sum = 0;
+  for (int64_t i = 0; i < part; i += kLine)
+    for (int place = 0; place < kPlaces; place++)
+      for (int k = 0; k < kLine; k++) sums[place] += words[place * part + i + k];
+  for (int64_t i = kPlaces * part; i < count; i++) sum += words[i];
   for (uint64_t each : sums) sum += each;
   return sum;
 }

@@ -121,6 +121,18 @@ struct Arena {
   }
 };
 
+// Memory for all that place() asks of it for a run; null where there is none.
+template <class Run>
+static void *lay_out(Run *run, void (*place)(Run *, Arena *)) {
+  Arena arena = {};
+  place(run, &arena);
+  void *memory = 0;
+  if (posix_memalign(&memory, 64, arena.used) != 0) return 0;
+  arena = {(char *)memory, 0};
+  place(run, &arena);
+  return memory;
+}
+
 // For floats of x that lie ready no copy is made.
 INLINE void place_rows(Rows *r, Arena *arena, int64_t count, bool chunks, bool floats) {
   r->chunk_stride = chunks_stride(r->cols);
