@@ -31,6 +31,7 @@ from expertly.bench.random_model import meta_model, random_model, tiny_model
 from expertly.bench.steps import time_parts, time_steps
 from expertly.bench.sweep import Sweep, swept
 from expertly.models.experts import register_experts
+from expertly.models.lean import decodes_in_one_call
 from expertly.models.loading import Model, open_model
 from expertly.models.packing import plan_packing
 from expertly.plan.precision import weights
@@ -98,7 +99,7 @@ def measure(
         machine=machine,
         memory=grown,
         runs=runs,
-        notes=tuple(_notes(opened, config, runs)),
+        notes=(*_notes(opened, config, runs), *_one_call(model)),
     )
 
 
@@ -192,6 +193,9 @@ def _phases(model: Model, tiny: Model, expected: Expected, loads: list[Load]) ->
     with swept(tiny, sweep, bytes_by_part) if sweep else nullcontext():
         nothing = time_steps(tiny, **asked, clock=sweep)
         calls = time_parts(tiny, **asked, clock=sweep)
+    if sweep and decodes_in_one_call(tiny):
+        with swept(tiny, sweep, bytes_by_part, whole=True):
+            nothing = nothing._replace(decode=time_steps(tiny, **asked, clock=sweep).decode)
     steps, parts = time_steps(model, **asked), time_parts(model, **asked)
     after = [_rates(model, tiny, expected, load, sweep) for load in loads]
     return [
@@ -240,3 +244,8 @@ def _notes(opened: bool, config: Mapping[str, Any], runs: tuple[Run, ...]) -> It
         yield "predictions contain the packed kernels' own timings; the roofline is the machine's"
     if (worst := max(busy(run.decode) for run in runs)) > _BUSY:
         yield f"the machine was busy: a median step of decode took {worst:.1f}x the best"
+
+
+def _one_call(model: Model) -> Iterator[str]:
+    if decodes_in_one_call(model):
+        yield "decode runs all layers in one call; a clock at each part keeps them apart"

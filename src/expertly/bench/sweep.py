@@ -42,18 +42,24 @@ class Sweep:
 
 
 @contextmanager
-def swept(model: Model, sweep: Sweep, touched: Mapping[str, float]) -> Iterator[None]:
+def swept(
+    model: Model, sweep: Sweep, touched: Mapping[str, float], *, whole: bool = False
+) -> Iterator[None]:
     """While it lasts, memory is read before every part of a model.
 
-    touched: bytes that a step of the real one reads, by part; its modules share them evenly.
+    touched: bytes that a step of the real one reads, by part; its modules share them evenly. whole:
+    all of it before the model, which then runs as if nobody looked inside.
     """
     parts = list(parted(model))
     many = Counter(part for part, _ in parts)
 
-    def before(part: str) -> Callable[[nn.Module, tuple], None]:
-        return lambda module, args: sweep.read(touched.get(part, 0.0) / many[part])
+    def before(size: float) -> Callable[[nn.Module, tuple], None]:
+        return lambda module, args: sweep.read(size)
 
-    handles = [module.register_forward_pre_hook(before(part)) for part, module in parts]
+    places = [(module, touched.get(part, 0.0) / many[part]) for part, module in parts]
+    if whole:
+        places = [(model, sum(touched.values()))]
+    handles = [module.register_forward_pre_hook(before(size)) for module, size in places]
     try:
         yield
     finally:

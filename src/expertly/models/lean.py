@@ -22,7 +22,7 @@ from expertly.models.lean_forward import LeanForward, lean_of
 from expertly.models.lean_layer import lean_layer
 from expertly.models.lean_norm import lean_norm
 from expertly.models.lean_router import lean_routers
-from expertly.models.lean_stack import lean_stack
+from expertly.models.lean_stack import LeanStack, lean_stack
 
 
 @inference_mode()
@@ -50,6 +50,11 @@ def make_lean(model: PreTrainedModel) -> None:
             lean = make(module, calls, model.dtype)
             if lean is not None:
                 lean.bind(module)
+
+
+def decodes_in_one_call(model: nn.Module) -> bool:
+    """Whether all layers of a new token are one native call."""
+    return any(isinstance(lean_of(module), LeanStack) for module in model.modules())
 
 
 def undo_lean(model: nn.Module) -> None:

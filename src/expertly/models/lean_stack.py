@@ -146,9 +146,8 @@ def _sees_all(mask: Tensor | None) -> bool:
 def _all_in_order(module: Any) -> bool:
     """Whether each layer sees all tokens, and has the place in the cache that it has here."""
     order = [layer.self_attn.layer_idx for layer in module.layers]
-    shown = getattr(module.config, "num_hidden_layers", None)
-    in_place = shown == len(order) and order == [*range(len(order))]
-    return in_place and not _windowed(module.config)
+    all_asked = getattr(module.config, "num_hidden_layers", 0) >= len(order)
+    return all_asked and order == [*range(len(order))] and not _windowed(module.config)
 
 
 def _windowed(config: Any) -> bool:
