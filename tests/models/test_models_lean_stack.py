@@ -180,6 +180,7 @@ def embedded(model, token):
 # how a token is given, and which of the answer's parts then count
 ASKED = {
     "padding": lambda _, t: {"input_ids": t, "attention_mask": masked(torch.ones(2, 6).long())},
+    "a mask of its own": lambda _, t: {"input_ids": t, "attention_mask": torch.zeros(2, 1, 1, 6)},
     "embeddings": embedded,
     "hidden states": lambda _, t: {"input_ids": t, "output_hidden_states": True},
     "router logits": lambda _, t: {"input_ids": t, "output_router_logits": True},

@@ -139,8 +139,9 @@ def _plainly(config: Any) -> bool:
     return config.return_dict and not any(getattr(config, name, False) for name in _MORE)
 
 
-def _sees_all(mask: Tensor | None) -> bool:
-    return mask is None or (mask.dim() == 2 and bool(mask.all()))
+def _sees_all(mask: Any) -> bool:
+    """Whether a mask hides nothing. It may also be one for each kind of layer, made by the caller."""
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
 
 
 def _all_in_order(module: Any) -> bool:

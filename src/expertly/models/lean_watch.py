@@ -38,11 +38,7 @@ class Watch:
         """Whether all is as it was, and nobody looks."""
         try:
             same = self._looked_up() == self._values
-        except (
-            LookupError,
-            RuntimeError,
-            ValueError,
-        ):  # gone, or tensors that are not the same one
+        except (LookupError, RuntimeError, ValueError):  # gone, or other tensors
             return False
         as_long = [*map(len, self._growing)] == self._sizes
         return same and as_long and not any(self._hooks) and _places(self._tensors) == self._places
