@@ -5,6 +5,7 @@ import torch
 
 from expertly.kernels import packed_linear
 from expertly.kernels.native import ISAS, Library, library
+from expertly.kernels.native_ops import Operations
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -23,3 +24,9 @@ def kernels(request):
     if loaded is None or request.param > loaded.isa:
         pytest.skip("this machine lacks the instruction set")
     return Library(loaded.handle, request.param)
+
+
+@pytest.fixture
+def native(kernels):
+    """What stands around the packed linears, for each instruction set."""
+    return Operations(kernels.handle, kernels.isa)

@@ -5,26 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertly.kernels.native import ISAS, library
+from expertly.kernels.native import library
 from expertly.kernels.native_ops import (
     NORMS,
     AttentionForm,
     New,
-    Operations,
     Room,
     operations,
 )
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
-BEST = 0 if library() is None else library().isa
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
-def native(request):
-    if request.param > BEST:
-        pytest.skip("this machine lacks the instruction set")
-    return Operations(library().handle, request.param)
 
 
 def random(*shape, seed):

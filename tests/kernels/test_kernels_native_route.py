@@ -3,18 +3,10 @@
 import pytest
 import torch
 
-from expertly.kernels.native import ISAS, library
-from expertly.kernels.native_ops import Operations, RouterForm, operations
+from expertly.kernels.native import library
+from expertly.kernels.native_ops import RouterForm, operations
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
-BEST = 0 if library() is None else library().isa
-
-
-@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
-def native(request):
-    if request.param > BEST:
-        pytest.skip("this machine lacks the instruction set")
-    return Operations(library().handle, request.param)
 
 
 def random(*shape, seed):
