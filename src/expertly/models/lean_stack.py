@@ -140,7 +140,7 @@ def _plainly(config: Any) -> bool:
 
 
 def _sees_all(mask: Any) -> bool:
-    """Whether a mask hides nothing. It may also be one for each kind of layer, made by the caller."""
+    """Whether a mask hides nothing; a caller may also give one for each kind of layer."""
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
 
 
