@@ -1,5 +1,8 @@
 """mistral.rs through its Python package, which quantises a folder while it loads it."""
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from mistralrs import CompletionRequest, Runner, Which
@@ -10,7 +13,9 @@ class MistralRs:
     """isq: how weights are quantised at loading; None: not at all."""
 
     def __init__(self, folder: str, isq: str | None, threads: int):
-        self.runner = Runner(Which.Plain(folder), in_situ_quant=isq, prefix_cache_n=0)
+        with tempfile.TemporaryDirectory() as made:
+            _as_it_was(Path(folder), Path(made))
+            self.runner = Runner(Which.Plain(made), in_situ_quant=isq, prefix_cache_n=0)
 
     def set(self) -> None:
         pass
@@ -24,6 +29,22 @@ class MistralRs:
         prefill = usage.total_prompt_time_sec * prompt / usage.prompt_tokens
         decode = usage.total_completion_time_sec * new / usage.completion_tokens
         return {"prefill": prefill, "decode": decode}
+
+
+def _as_it_was(folder: Path, made: Path) -> None:
+    """The same model in another folder, its config.json as transformers 4 wrote it."""
+    for file in folder.iterdir():
+        (made / file.name).symlink_to(file.resolve())
+    config = json.loads((folder / "config.json").read_text())
+    (made / "config.json").unlink()
+    older = {
+        "max_window_layers": config["num_hidden_layers"],
+        "use_sliding_window": False,
+        "num_experts": config.get("num_local_experts"),
+        **(config.get("rope_parameters") or {}),
+        **config,
+    }
+    (made / "config.json").write_text(json.dumps(older))
 
 
 if __name__ == "__main__":
