@@ -1,9 +1,9 @@
 """A job's settings: frozen keyword-only dataclasses, filled from YAML and dotted overrides.
 
-`load` reads the file, puts `key=value` overrides on top, checks every name and type, and builds.
-Fields may be bool, int, float (finite), str, Any, Literal, another such dataclass, `X | None`,
-`tuple[X, ...]`, `tuple[X, Y]` or `dict[str, X]`; one without a default is required. A section that
-is given in part keeps the rest of its default; a list or a free mapping replaces the default.
+`load` reads the file, puts `key=value` overrides on top, checks names and types, and builds. Fields
+may be bool, int, float (finite), str, Any, Literal, another such dataclass, `X | None`,
+`tuple[X, ...]`, `tuple[X, Y]` or `dict[str, X]`; one without a default is required. A section given
+in part keeps the rest of its default; a list or a free mapping replaces it.
 
 Ranges belong to the dataclass. It may have one method, which runs once all its types are right:
 
@@ -11,8 +11,8 @@ Ranges belong to the dataclass. It may have one method, which runs once all its 
         if self.top_k > self.num_experts:
             yield "top_k", f"is {self.top_k}, more than num_experts = {self.num_experts}"
 
-The first problem becomes E202 under the full dotted name. An outer dataclass may have `problems`
-too, for what its sections decide together; it then yields dotted leaves (`router.top_k`).
+The first problem becomes E202 under its dotted name. An outer dataclass may have `problems` too, for
+what its sections decide together; it then yields dotted leaves (`router.top_k`).
 """
 
 import difflib
@@ -21,7 +21,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -45,10 +45,14 @@ def load(kind: type[T], path: Path | str | None, overrides: Sequence[str] = ()) 
     range, E203 for a file that cannot be read, E208 for an override that names no single key.
     """
     tree = {} if path is None else _read(Path(path))
-    root = _Place("", tuple(_names(kind)))
     for override in overrides:
-        tree = _apply(tree, override, root.known)
-    return cast(T, _build(kind, tree, root))
+        tree = _apply(tree, override, tuple(_names(kind)))
+    return build(kind, tree)
+
+
+def build(kind: type[T], given: Mapping[str, object]) -> T:
+    """Build a config of `kind` from a mapping as YAML would give it. Raises E201 and E202."""
+    return cast(T, _build(kind, dict(given), _Place("", tuple(_names(kind)))))
 
 
 def dump(config: object) -> str:

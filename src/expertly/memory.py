@@ -1,7 +1,10 @@
 """Out of memory: how to tell, whatever library ran into it. torch has a class for GPUs only."""
 
+import ctypes
 import errno
 import re
+import resource
+import sys
 
 from expertly.errors import ExpertlyError
 
@@ -36,6 +39,19 @@ def memory_error(what: str, error: BaseException, *, fix: str, in_use: int = 0) 
     if in_use:
         why += f", {size(in_use)} in use"
     return ExpertlyError("E402", what, why, fix=fix)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had at once, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system; glibc keeps it for later, in ever larger holes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # another C library gives it back by itself
+        trim(0)
 
 
 def size(count: float) -> str:

@@ -12,6 +12,7 @@ from expertly.cli.generate import generate
 from expertly.cli.inspect import inspect
 from expertly.cli.plan import plan
 from expertly.cli.train import train
+from expertly.cli.upcycle import upcycle
 from expertly.cli.watch import watch
 
 app = typer.Typer(
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, plan, train, watch, compare, generate, inspect, doctor):
+for verb in (demo, plan, train, upcycle, watch, compare, generate, inspect, doctor):
     app.command()(verb)
 
 

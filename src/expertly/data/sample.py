@@ -1,6 +1,6 @@
 """A little text of every domain as rows of tokens, for a look at a model; training reads all of it.
 
-It keeps nothing on disk, and draws evenly from the documents it reads, held out or not.
+It keeps nothing on disk, and draws evenly from the documents it reads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from expertly.data.config import Source
+from expertly.data.config import DataConfig, Source
 from expertly.data.sources import by_domain, pieces, split_documents, spread
 from expertly.errors import ExpertlyError
 
@@ -24,14 +24,18 @@ def sample_rows(
     *,
     tokens: int,
     sequence_length: int,
+    held_out: bool | None = None,
 ) -> dict[str, Tensor]:
     """By domain, about `tokens` tokens of it: (rows, seq). Short texts make one shorter row.
 
+    held_out: of documents that training leaves out, by its default, or of the others; a domain
+    without any such gives of all.
     Raises E303 for a source without text, E304 for an unreadable row.
     """
     rows = {}
     for domain, group in by_domain(sources).items():
-        texts = spread(_pieces(group), tokens * _BYTES_PER_TOKEN)
+        limit = tokens * _BYTES_PER_TOKEN
+        texts = spread(_pieces(group, held_out), limit) or spread(_pieces(group, None), limit)
         ids = [token for text in encode(texts) for token in (*text, end_of_text)][:tokens]
         if len(ids) < 2:
             fix = "name a source with text in it"
@@ -42,10 +46,12 @@ def sample_rows(
     return rows
 
 
-def _pieces(sources: Sequence[Source]) -> Iterator[str]:
+def _pieces(sources: Sequence[Source], held_out: bool | None) -> Iterator[str]:
     """The beginning of a domain's text, piece by piece."""
     read = 0
-    for document, _ in split_documents(sources, 0.0, lambda *_: None):
+    for document, out in split_documents(sources, DataConfig.eval_fraction, lambda *_: None):
+        if held_out is not None and out != held_out:
+            continue
         yield from pieces(document.text, _PIECE)
         read += len(document.text)
         if read > _READ:

@@ -1,8 +1,10 @@
 """Build a model from sizes, with random weights: an MoE, its dense twin, or any dense class."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -88,6 +90,26 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     return AutoConfig.for_model(keys["model_type"], **kept)
 
 
+def moe_config(dense: PretrainedConfig, family: str, given: Mapping[str, Any]) -> PretrainedConfig:
+    """An MoE config of a family that takes over all that its class knows of a dense one.
+
+    given: the MoE's sizes in our words, and other keys of the family's. Raises E202 for sizes that
+    it refuses.
+    """
+    known = AutoConfig.for_model(family).to_dict()
+    stale = ("model_type", "architectures", "transformers_version", "_name_or_path")
+    kept = {k: v for k, v in dense.to_dict().items() if k in known and k not in stale}
+    keys = {**kept, **_translate(family, dict(given))}
+    try:
+        config = AutoConfig.for_model(family, **keys)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise ExpertlyError("E202", f"target {family}", why, fix="choose other sizes") from error
+    for key, why in _problems(config.to_dict()):
+        raise ExpertlyError("E202", f"target {family}: {key}", why, fix=f"correct {key}")
+    return config
+
+
 def build_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model with random weights, in float32; its experts run on our experts function.
 
@@ -100,6 +122,19 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
         why = f"its class makes no model of these sizes: {str(error)[:200]}"
         fix = f"set what it needs in model.extra, of {', '.join(_unset(config))}"
         raise ExpertlyError("E202", f"model.{config.model_type}", why, fix=fix) from error
+
+
+def parameters(config: PretrainedConfig) -> int:
+    """How many numbers a model of this config learns; nothing of its size is allocated."""
+    with torch.device("meta"):
+        return int(build_model(config).num_parameters())
+
+
+def write_config(config: PretrainedConfig, folder: Path) -> None:
+    """Write config.json for a model whose class a stock loader is to make."""
+    with torch.device("meta"):
+        config.architectures = [type(build_model(config)).__name__]
+    config.save_pretrained(folder)
 
 
 def _unset(config: PretrainedConfig) -> list[str]:

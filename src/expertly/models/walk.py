@@ -1,0 +1,134 @@
+"""Walk a decoder layer by layer with one layer's weights in memory, in float32.
+
+The model's own forward says what each layer is called with: masks, positions, windows. So this
+holds for every decoder whose layers take the hidden states first.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from expertly.memory import give_back
+from expertly.models.build import ModelShape, build_model
+from expertly.models.checks import quiet
+
+_VOCABULARY = 4096  # words of the head at once
+
+
+class Weights(Protocol):
+    """A model's parameters by their names in it, in any float."""
+
+    def tensor(self, name: str) -> Tensor:
+        """All of one."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a matrix."""
+
+    def gather(self, name: str, indices: Tensor) -> Tensor:
+        """The rows of a matrix at some indices."""
+
+
+class Passed(NamedTuple):
+    """What went through one layer."""
+
+    layer: int
+    states: Tensor  # (tokens, dim), what its feed-forward, or router, was given
+    hidden: Tensor  # (rows, seq, dim), after it; after the last one normed, as the head sees it
+
+
+@torch.no_grad()
+def walk(shape: ModelShape, weights: Weights, ids: Tensor) -> Iterator[Passed]:
+    """Pass the rows of ids (rows, seq) through a model with these weights.
+
+    Each layer's parameters are read when its turn comes, and let go.
+    """
+    with quiet(), torch.device("meta"):
+        model = build_model(shape).eval()
+    decoder: Any = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
+    layers, calls = decoder.layers, nn.ModuleList([_Call() for _ in decoder.layers])
+    decoder.layers = calls
+    _fill(decoder.norm, weights, "model.norm")
+    hidden = _embed(decoder.embed_tokens, weights, ids)
+    decoder(inputs_embeds=hidden, use_cache=False)
+    for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+        _fill(layer, weights, f"model.layers.{index}")
+        states: list[Tensor] = []
+        handle = layer.mlp.register_forward_pre_hook(_keeper(states))
+        hidden = layer(hidden, **call.said)
+        handle.remove()
+        layer.to("meta")
+        give_back()
+        last = index + 1 == len(calls)
+        yield Passed(index, states[0].flatten(0, -2), decoder.norm(hidden) if last else hidden)
+
+
+class _Call(nn.Module):
+    """Stands in for a layer, and keeps what it is called with."""
+
+    def forward(self, hidden: Tensor, **said: Any) -> Tensor:
+        self.said = said
+        return hidden
+
+
+def _keeper(states: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
+    def keep(module: nn.Module, args: tuple) -> None:
+        states.append(args[0])
+
+    return keep
+
+
+def _fill(module: nn.Module, weights: Weights, prefix: str) -> None:
+    """Give a module on the meta device its parameters, in float32."""
+    values = {name: weights.tensor(f"{prefix}.{name}").float() for name in module.state_dict()}
+    module.load_state_dict(values, assign=True)
+
+
+def _embed(module: Any, weights: Weights, ids: Tensor) -> Tensor:
+    """The embeddings of ids: (rows, seq, dim); Gemma multiplies them."""
+    found = weights.gather("model.embed_tokens.weight", ids).float()
+    return found * getattr(module, "scalar_embed_scale", 1.0)
+
+
+class Head(NamedTuple):
+    """What makes logits of a model's last hidden states."""
+
+    weights: Weights
+    name: str
+
+
+class Difference(NamedTuple):
+    """Two models on the same text, in float32."""
+
+    largest: float  # between their logits
+    scale: float  # the largest logit of the first
+    losses: list[float]  # of each: the next token's, in nats per token
+
+
+@torch.no_grad()
+def compare(hidden: list[Tensor], heads: list[Head], vocabulary: int, ids: Tensor) -> Difference:
+    """Compare two models by their last hidden states (rows, seq, dim), some words at a time.
+
+    ids: (rows, seq), the text that both have read.
+    """
+    flat = [each.flatten(0, 1) for each in hidden]
+    places = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()  # that have a next token
+    words = ids[:, 1:].flatten()
+    totals = torch.full((2, ids.numel()), -torch.inf)
+    meant = torch.zeros(2, len(words))
+    largest = scale = 0.0
+    for start in range(0, vocabulary, _VOCABULARY):
+        stop = min(start + _VOCABULARY, vocabulary)
+        one, other = (
+            x @ head.weights.rows(head.name, start, stop).float().T
+            for x, head in zip(flat, heads, strict=True)
+        )
+        scale = max(scale, float(one.abs().max()))
+        here = (start <= words) & (words < stop)
+        for i, logits in enumerate((one, other)):
+            totals[i] = torch.logaddexp(totals[i], logits.logsumexp(dim=1))
+            meant[i, here] = logits[places[here], words[here] - start]
+        largest = max(largest, float(one.sub_(other).abs_().max()))
+    return Difference(largest, scale, (totals[:, places] - meant).mean(dim=1).tolist())

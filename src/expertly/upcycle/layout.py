@@ -1,0 +1,145 @@
+"""What is written where: every tensor of the MoE, in order, and how it comes from the dense one.
+
+Names are the target's on disk. `Made` reads them back under the names in the model, where experts
+are stacked.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertly.models.shards import Entry, Shards
+from expertly.upcycle.experts import MATRICES, Place, expert_matrix
+from expertly.upcycle.setup import Job
+from expertly.upcycle.targets import Target
+
+_FEED_FORWARD = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+_NORM = re.compile(r"norm\.weight$")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Part(NamedTuple):
+    """A tensor of the MoE, and what it comes from."""
+
+    entry: Entry
+    role: str  # backbone, expert, shared, router, shared gate
+    source: str = ""  # the dense tensor's name
+    place: Place = Place(0, 0, 0)
+
+
+def parts(job: Job) -> list[Part]:
+    """All tensors of the MoE, in the dense files' order."""
+    made: list[Part] = []
+    for name in job.dense.names:
+        found = _FEED_FORWARD.fullmatch(name)
+        if found is None or int(found[1]) not in job.moe_layers:
+            made.append(_kept(job, name, name))
+        elif found[2] == "gate":
+            made += _layer(job, int(found[1]))
+    if _HEAD not in job.dense.names and not job.shape.tie_word_embeddings:
+        made.append(_kept(job, _HEAD, _EMBEDDING))  # Gemma's embeddings no longer serve as its head
+    return made
+
+
+def _kept(job: Job, name: str, source: str) -> Part:
+    return Part(Entry(name, job.dtype, job.dense.weights.entry(source).shape), "backbone", source)
+
+
+def _layer(job: Job, layer: int) -> Iterator[Part]:
+    """The tensors of one MoE layer's block."""
+    target, prefix = job.target, f"model.layers.{layer}.{job.target.block}"
+    dim, width = job.shape.hidden_size, job.width
+    sources = [f"model.layers.{layer}.mlp.{name}.weight" for name in MATRICES]
+    shapes = [(width, dim), (width, dim), (dim, width)]
+    router = Entry(f"{prefix}.gate.weight", job.dtype, (job.num_experts, dim))
+    yield Part(router, "router", place=Place(layer, 0, 0))
+    for expert in range(job.num_experts):
+        for matrix, (name, shape) in enumerate(zip(target.matrices, shapes, strict=True)):
+            entry = Entry(f"{prefix}.experts.{expert}.{name}.weight", job.dtype, shape)
+            yield Part(entry, "expert", sources[matrix], Place(layer, expert, matrix))
+    if target.shared:
+        for name, source in zip(MATRICES, sources, strict=True):
+            entry = Entry(
+                f"{prefix}.shared_expert.{name}.weight",
+                job.dtype,
+                job.dense.weights.entry(source).shape,
+            )
+            yield Part(entry, "shared", source)
+        yield Part(Entry(f"{prefix}.shared_expert_gate.weight", job.dtype, (1, dim)), "shared gate")
+
+
+def values(job: Job, made: list[Part], rows: dict[int, Tensor]) -> Iterator[Iterator[Tensor]]:
+    """The numbers of each part, block by block. rows: per MoE layer its router's, one a copy."""
+    held: dict[tuple[int, str], Tensor] = {}  # the dense matrices of the layer at hand
+    for part in made:
+        if part.role == "router":
+            held.clear()
+        yield (block.to(job.dtype) for block in _blocks(job, part, rows, held))
+
+
+def _blocks(
+    job: Job, part: Part, rows: dict[int, Tensor], held: dict[tuple[int, str], Tensor]
+) -> Iterator[Tensor]:
+    if part.role == "backbone":
+        yield from _backbone(job, part)
+    elif part.role == "router":
+        yield rows[part.place.layer].repeat_interleave(job.change.slices, dim=0)
+    elif part.role == "shared gate":
+        yield torch.zeros(part.entry.shape)  # a sigmoid of it is a half
+    elif part.role == "shared":
+        yield from job.dense.weights.blocks(part.source)
+    else:
+        copy = part.place.expert // job.change.slices
+        key = (job.whose[copy], part.source)
+        if key not in held:
+            held[key] = job.sources[key[0]].tensor(part.source)
+        yield expert_matrix(held[key], job.change, part.place)
+
+
+def _backbone(job: Job, part: Part) -> Iterator[Tensor]:
+    """A tensor outside of the experts; Gemma's norms and embeddings say in full what they mean."""
+    for block in job.backbone.blocks(part.source):
+        if job.folded and _NORM.search(part.entry.name):
+            block = block.float() + 1
+        elif job.folded and part.entry.name == _EMBEDDING:
+            block = block.float() * job.shape.hidden_size**0.5
+        yield block
+
+
+class Made(Shards):
+    """The written MoE under the names of its model: experts in stacks, float32."""
+
+    def __init__(self, folder: Path, target: Target, num_experts: int):
+        super().__init__(folder)
+        self._target, self._num_experts = target, num_experts
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter of the model; gate_up_proj (experts, 2 x ff, dim), down_proj (experts, dim,
+        ff)."""
+        block, _, leaf = name.rpartition(".experts.")
+        gate, up, down = self._target.matrices
+        if leaf == "down_proj":
+            return self._stack(block, [down])
+        if leaf == "gate_up_proj":
+            return self._stack(block, [gate, up])
+        if name.endswith(".mlp.gate.weight"):
+            return super().tensor(self._on_disk(name))
+        return super().tensor(name)
+
+    def _stack(self, block: str, matrices: list[str]) -> Tensor:
+        """The matrices of all experts, one below the other: filled in place, so held once."""
+        stem = f"{self._on_disk(block)}.experts."
+        rows, columns = self.entry(f"{stem}0.{matrices[0]}.weight").shape
+        stack = torch.empty(self._num_experts, len(matrices) * rows, columns)
+        for expert in range(self._num_experts):
+            for i, matrix in enumerate(matrices):
+                read = super().tensor(f"{stem}{expert}.{matrix}.weight")
+                stack[expert, i * rows : (i + 1) * rows] = read
+        return stack
+
+    def _on_disk(self, name: str) -> str:
+        return name.replace(".mlp", f".{self._target.block}", 1)

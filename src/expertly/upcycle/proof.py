@@ -1,0 +1,104 @@
+"""The proof of an upcycling: the written MoE and the dense model on the same held-out text.
+
+Both are walked layer by layer in float32, the MoE from the files that were just written.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from expertly.config import dump
+from expertly.models.build import ModelShape
+from expertly.models.inspect import Inspection, inspect_folder
+from expertly.models.walk import Difference, Head, Weights, compare, walk
+from expertly.receipts import Check, Receipt, fingerprint, versions
+from expertly.upcycle.layout import Made
+from expertly.upcycle.setup import Job
+
+# float32 sums in another order: so much, or this share of the largest logit, is no difference
+_LIMIT, _SHARE = 1e-4, 1e-5
+
+
+class Proof(NamedTuple):
+    """What was found."""
+
+    difference: Difference
+    limit: float | None  # of the largest difference; None: the function changed on purpose
+    written: Inspection
+    tokens: int
+
+    @property
+    def perplexities(self) -> list[float]:
+        """The dense model's, or the base's, and the MoE's."""
+        return [math.exp(loss) for loss in self.difference.losses]
+
+
+def prove(job: Job, folder: Path, ids: Tensor) -> Proof:
+    """Read both models again and compare them on ids (rows, seq)."""
+    made = Made(folder, job.target, job.num_experts)
+    hidden = [_last(job.dense.shape, job.dense.weights, ids), _last(job.shape, made, ids)]
+    tied = "model.embed_tokens.weight" if job.shape.tie_word_embeddings else "lm_head.weight"
+    heads = [Head(job.dense.weights, job.dense.head), Head(made, tied)]
+    difference = compare(hidden, heads, job.shape.vocab_size, ids)
+    limit = max(_LIMIT, _SHARE * difference.scale) if job.exact else None
+    return Proof(difference, limit, inspect_folder(folder), ids.numel())
+
+
+def _last(shape: ModelShape, weights: Weights, ids: Tensor) -> Tensor:
+    """What a model's head is given: (rows, seq, dim)."""
+    for passed in walk(shape, weights, ids):
+        hidden = passed.hidden
+    return hidden
+
+
+def receipt_of(job: Job, proof: Proof, expected: int, cost: dict[str, float]) -> Receipt:
+    """The receipt. expected: the MoE's parameters; cost: seconds and bytes of the job."""
+    largest, written = proof.difference.largest, proof.written
+    checks = [
+        Check("saved parameters", written.total == expected, written.total, expected),
+        Check("the MoE's loss is a number", math.isfinite(proof.difference.losses[1])),
+    ]
+    if proof.limit is not None:
+        name = "largest logit difference to the dense model"
+        checks.append(Check(name, largest <= proof.limit, largest, proof.limit))
+    dense, made = proof.perplexities
+    return Receipt(
+        job="upcycle",
+        inputs={"config": dump(job.config), "dense": _source(job.dense.folder)},
+        versions=versions("torch", "transformers", "safetensors"),
+        changed=_changed(job),
+        checks=tuple(checks),
+        figures={
+            "largest_logit_difference": largest,
+            "function": "unchanged" if job.exact else "changed on purpose",
+            "perplexity": {"dense": dense, "moe": made},
+            "held_out_tokens": proof.tokens,
+            "parameters": written.total,
+            "active_parameters": written.active,
+            "bytes": sum(written.bytes.values()),
+            **cost,
+        },
+    )
+
+
+def _source(folder: Path) -> dict[str, Any]:
+    return {"path": str(folder.resolve()), "config": fingerprint(folder / "config.json")}
+
+
+def _changed(job: Job) -> dict[str, Any]:
+    """What became of the feed-forwards, and how routers begin."""
+    recipe = job.recipe
+    return {
+        "method": "specialists" if recipe else "copies" if job.change.slices == 1 else "slices",
+        "target": job.target.name,
+        "copies": job.copies,
+        "slices": job.change.slices,
+        "layers": job.moe_layers,
+        "drop": job.change.drop,
+        "noise": job.change.noise,
+        "shared": job.target.shared,
+        "router": recipe.gate_mode if recipe else job.config.router,
+        "specialists": [_source(each.source) for each in recipe.specialists] if recipe else [],
+    }

@@ -1,0 +1,170 @@
+"""Set an upcycling up: everything that can be wrong is found before anything is written."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from expertly.errors import ExpertlyError
+from expertly.models.build import ModelShape, moe_config
+from expertly.models.loading import Tokenizer, open_config
+from expertly.models.shards import Average, Shards
+from expertly.models.tokenizer import open_tokenizer
+from expertly.upcycle.config import UpcycleConfig
+from expertly.upcycle.dense import Dense, open_dense, open_like
+from expertly.upcycle.experts import Change
+from expertly.upcycle.recipe import Recipe, read_recipe
+from expertly.upcycle.targets import DENSE, Target, choose_target, target_keys
+
+_COPIES = 8
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Job(NamedTuple):
+    """All that writing and proving work with."""
+
+    config: UpcycleConfig
+    recipe: Recipe | None  # None: one dense model
+    dense: Dense  # the model, or the base of several
+    tokenizer: Tokenizer
+    sources: list[Shards]  # of the feed-forwards
+    whose: list[int]  # by copy, the source of its feed-forward
+    backbone: Shards | Average  # of all the rest
+    target: Target
+    shape: ModelShape  # the MoE's
+    moe_layers: list[int]
+    num_experts: int
+    top_k: int
+    change: Change
+    dtype: torch.dtype
+
+    @property
+    def copies(self) -> int:
+        """How many whole feed-forwards the experts hold together."""
+        return self.num_experts // self.change.slices
+
+    @property
+    def width(self) -> int:
+        """Of one expert."""
+        return int(self.dense.shape.intermediate_size) // self.change.slices
+
+    @property
+    def folded(self) -> bool:
+        """Whether norms and embeddings are written out in full."""
+        return DENSE[self.dense.shape.model_type].folded
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes what the dense model does."""
+        return self.recipe is None and not self.change.drop and not self.change.noise
+
+
+def prepare(config: UpcycleConfig) -> Job:
+    """Read and check all inputs. Raises E2xx for what is asked, E3xx for what is there."""
+    if os.path.lexists(config.output_dir):
+        raise ExpertlyError("E205", config.output_dir, "exists already", fix="name a new folder")
+    path = Path(config.model)
+    recipe = read_recipe(path) if path.is_file() else None
+    folder = recipe.base if recipe else path
+    shape = open_config(folder)
+    raw = shape.to_dict()
+    shared = config.shared or bool(recipe and recipe.shared)
+    target = choose_target(raw, config.target, every=config.every, shared=shared)
+    num_experts, top_k = _sizes(config, recipe, shape)
+    layers = [i for i in range(shape.num_hidden_layers) if (i + 1) % config.every == 0]
+    if not layers:
+        why = f"{config.every}, but there are {shape.num_hidden_layers} layers"
+        raise ExpertlyError("E202", "every", why, fix="choose fewer")
+    tokenizer = open_tokenizer(folder)
+    dense = open_dense(folder, shape)
+    whose, sources = _sources(recipe, dense, num_experts // config.slices)
+    made = _shape(dense, target, layers, num_experts, top_k, config.slices)
+    made.dtype = _dtype(recipe, dense)
+    return Job(
+        config=config,
+        recipe=recipe,
+        dense=dense,
+        tokenizer=tokenizer,
+        sources=sources,
+        whose=whose,
+        backbone=Average(sources) if recipe and recipe.backbone == "average" else dense.weights,
+        target=target,
+        shape=made,
+        moe_layers=layers,
+        num_experts=num_experts,
+        top_k=top_k,
+        change=_change(config, target),
+        dtype=made.dtype,
+    )
+
+
+def _sizes(config: UpcycleConfig, recipe: Recipe | None, shape: ModelShape) -> tuple[int, int]:
+    """How many experts there are, and how many a token uses. Raises E202."""
+    slices = config.slices
+    if shape.intermediate_size % slices:
+        why = f"{slices} do not divide a feed-forward of {shape.intermediate_size}"
+        raise ExpertlyError("E202", "slices", why, fix="choose a divisor")
+    listed = len(recipe.specialists) * slices if recipe else None
+    num_experts = config.num_experts or listed or _COPIES * slices
+    if listed not in (None, num_experts):
+        why = f"{num_experts}, but the recipe's specialists make {listed}"
+        raise ExpertlyError("E202", "num_experts", why, fix="leave it out")
+    asked = config.top_k or (recipe and recipe.top_k and recipe.top_k * slices)
+    top_k = asked or min(2 * slices, num_experts)
+    if num_experts < 1 or num_experts % slices:
+        why = f"{num_experts}, expected a multiple of {slices} slices"
+        raise ExpertlyError("E202", "num_experts", why, fix=f"choose {_COPIES * slices}")
+    if not 1 <= top_k <= num_experts:
+        why = f"{top_k}, but there are {num_experts} experts"
+        raise ExpertlyError("E202", "top_k", why, fix=f"choose at most {num_experts}")
+    if top_k % slices:
+        why = f"{top_k}, expected a multiple of {slices}: a token needs all slices of a copy"
+        raise ExpertlyError("E202", "top_k", why, fix=f"choose {slices}")
+    return num_experts, top_k
+
+
+def _sources(recipe: Recipe | None, dense: Dense, copies: int) -> tuple[list[int], list[Shards]]:
+    """By copy the index of its source, and the sources: each specialist's folder once."""
+    if recipe is None:
+        return [0] * copies, [dense.weights]
+    folders = [specialist.source for specialist in recipe.specialists]
+    unique = list(dict.fromkeys(folders))
+    opened = [
+        dense.weights if folder == dense.folder else open_like(folder, dense).weights
+        for folder in unique
+    ]
+    return [unique.index(folder) for folder in folders], opened
+
+
+def _change(config: UpcycleConfig, target: Target) -> Change:
+    return Change(
+        slices=config.slices,
+        share=0.5 if target.shared else 1.0,
+        drop=config.drop,
+        drop_apart=config.drop_apart,
+        noise=config.noise,
+        seed=config.seed,
+    )
+
+
+def _shape(
+    dense: Dense, target: Target, layers: list[int], num_experts: int, top_k: int, slices: int
+) -> ModelShape:
+    """The MoE's config."""
+    sizes = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": dense.shape.intermediate_size // slices,
+    }
+    keys = target_keys(dense.shape.to_dict(), target, layers)
+    return moe_config(dense.shape, target.name, {**sizes, **keys})
+
+
+def _dtype(recipe: Recipe | None, dense: Dense) -> torch.dtype:
+    """As the recipe says, else as the files: but what is folded would be rounded."""
+    if recipe and recipe.dtype:
+        return _DTYPES[recipe.dtype]
+    if DENSE[dense.shape.model_type].folded:
+        return torch.float32
+    return dense.weights.entry(dense.names[0]).dtype
