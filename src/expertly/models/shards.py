@@ -205,6 +205,6 @@ def _write(file: BinaryIO, entry: Entry, parts: Iterable[Tensor]) -> None:
         if part.dtype != entry.dtype:
             raise ValueError(f"{entry.name}: {part.dtype} in a tensor of {entry.dtype}")
         flat = part.contiguous().reshape(-1)
-        written += file.write(memoryview(flat.view(torch.uint8).numpy()))
+        written += file.write(flat.view(torch.uint8).numpy().data)
     if written != entry.nbytes:
         raise ValueError(f"{entry.name}: {written} of {entry.nbytes} bytes")

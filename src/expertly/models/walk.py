@@ -48,8 +48,8 @@ def walk(shape: ModelShape, weights: Weights, ids: Tensor) -> Iterator[Passed]:
         model = build_model(shape).eval()
     decoder: Any = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
-    layers, calls = decoder.layers, nn.ModuleList([_Call() for _ in decoder.layers])
-    decoder.layers = calls
+    layers, calls = decoder.layers, [_Call() for _ in decoder.layers]
+    decoder.layers = nn.ModuleList(calls)
     _fill(decoder.norm, weights, "model.norm")
     hidden = _embed(decoder.embed_tokens, weights, ids)
     decoder(inputs_embeds=hidden, use_cache=False)
@@ -67,6 +67,8 @@ def walk(shape: ModelShape, weights: Weights, ids: Tensor) -> Iterator[Passed]:
 
 class _Call(nn.Module):
     """Stands in for a layer, and keeps what it is called with."""
+
+    said: dict[str, Any]
 
     def forward(self, hidden: Tensor, **said: Any) -> Tensor:
         self.said = said

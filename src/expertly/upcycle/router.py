@@ -7,7 +7,7 @@ from torch import Tensor
 
 from expertly.models.walk import walk
 from expertly.upcycle.clusters import balanced_clusters
-from expertly.upcycle.rows import confusions, fitted_rows, random_rows
+from expertly.upcycle.rows import fitted_rows, random_rows, unclear
 from expertly.upcycle.setup import Job
 from expertly.upcycle.text import prompt_rows, text_rows
 
@@ -61,12 +61,12 @@ def _from_prompts(job: Job, say: Say) -> dict[int, Tensor]:
     # causal, so padding behind a prompt does not reach it
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
-    wanted, rows, unclear = torch.cat(marks), {}, 0
+    wanted, rows, poor = torch.cat(marks), {}, 0
     for passed in walk(job.dense.shape, job.backbone, ids):
         if passed.layer in job.moe_layers:
             states = passed.states[real.flatten().bool()]
             rows[passed.layer] = fitted_rows(states, wanted)
-            unclear += bool(confusions(rows[passed.layer], states, wanted))
-    if unclear > len(rows) // 2:
+            poor += bool(unclear(rows[passed.layer], states, wanted))
+    if poor > len(rows) // 2:
         say("warning: in most layers the prompts of some specialists do not tell them apart")
     return rows

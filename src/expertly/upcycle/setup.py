@@ -70,7 +70,8 @@ def prepare(config: UpcycleConfig) -> Job:
     shape = open_config(folder)
     raw = shape.to_dict()
     shared = config.shared or bool(recipe and recipe.shared)
-    target = choose_target(raw, config.target, every=config.every, shared=shared)
+    wish = config.target or (recipe.target if recipe else "")
+    target = choose_target(raw, wish, every=config.every, shared=shared)
     num_experts, top_k = _sizes(config, recipe, shape)
     layers = [i for i in range(shape.num_hidden_layers) if (i + 1) % config.every == 0]
     if not layers:

@@ -1,0 +1,45 @@
+"""Rows for a new router: drawn at random, or fitted so that they tell kinds of tokens apart.
+
+A stock router has no bias: a token's logits are its state times the rows.
+"""
+
+import torch
+from torch import Tensor
+
+_RIDGE = 0.01  # of the states' mean square
+_CLEAR = 0.5  # share of its own tokens that a copy should rank first for
+
+
+def random_rows(copies: int, dim: int, *, seed: int, std: float = 0.02) -> Tensor:
+    """Small normal rows (copies, dim), as models are initialised: nearly even weights."""
+    return std * torch.randn(copies, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def fitted_rows(states: Tensor, wanted: Tensor) -> Tensor:
+    """Rows (copies, dim) whose logits come nearest to what is wanted, by ridge regression.
+
+    states: (tokens, dim), what the router will see; wanted: (tokens, copies), 1 for a token that a
+    copy should get, -1 for one that it should not, else 0. The states of a normed residual stream
+    share a large mean direction, which serves as the bias that a stock router lacks. Scaled so
+    that the logits, which differ from token to token by a common number that routing ignores,
+    spread by 1 around their mean over the copies.
+    """
+    x, y = states.double(), wanted.double()
+    y = y - y.mean(dim=1, keepdim=True)
+    gram = x.T @ x
+    ridge = _RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
+    gram.diagonal().add_(ridge)
+    rows = torch.linalg.solve(gram, x.T @ y).T
+    logits = x @ rows.T
+    spread = (logits - logits.mean(dim=1, keepdim=True)).std()
+    return (rows / spread if spread > 0 else rows).float()
+
+
+def unclear(rows: Tensor, states: Tensor, wanted: Tensor) -> list[int]:
+    """The copies that most of their own tokens do not rank first: their texts are too alike.
+
+    rows (copies, dim), states and wanted as fitted_rows takes them.
+    """
+    first = (states @ rows.T).argmax(dim=1)
+    shares = [(first[own] == copy).float().mean() for copy, own in enumerate((wanted > 0).T)]
+    return [copy for copy, share in enumerate(shares) if not share > _CLEAR]
