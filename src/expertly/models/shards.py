@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertly.errors import ExpertlyError
 from expertly.folders import write_json
-from expertly.models.files import INDEX, WEIGHTS, TensorHeader, read_header, weight_files
+from expertly.models.files import INDEX, WEIGHTS, TensorHeader, read_header, read_headers, weight_files
 
 _DTYPES = {
     "F64": torch.float64,
@@ -27,7 +27,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST = 5 * 10**9  # bytes of a file
-_BLOCK = 64 * 2**20  # bytes of a tensor in memory at once, where all of it is not wanted
+_BLOCK = 2**24  # numbers of a tensor in memory at once, where all of it is not wanted
 
 
 class Entry(NamedTuple):
@@ -52,6 +52,7 @@ class Shards:
 
     def __init__(self, folder: Path):
         self._where: dict[str, tuple[Path, int, TensorHeader]] = {}
+        read_headers(folder)  # each tensor is there once
         for file in weight_files(folder):
             headers = read_header(file)
             data = file.stat().st_size - max((header.end for header in headers), default=0)
@@ -91,13 +92,13 @@ class Shards:
         return torch.cat(found)[places]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """A tensor in order, in parts of some 64 MiB."""
-        entry = self.entry(name)
-        if entry.nbytes <= _BLOCK or not entry.shape:
+        """A tensor in order, in parts that hang on its shape alone."""
+        shape = self.entry(name).shape
+        if math.prod(shape) <= _BLOCK:
             yield self.tensor(name)
             return
-        step = max(1, _BLOCK // (entry.nbytes // entry.shape[0]))
-        for start in range(0, entry.shape[0], step):
+        step = max(1, _BLOCK // math.prod(shape[1:]))
+        for start in range(0, shape[0], step):
             yield self.rows(name, start, start + step)
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:

@@ -28,7 +28,11 @@ class UpcycleConfig:
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that cannot be, as (leaf, why)."""
         apart, tied = self.drop_apart and not self.drop, self.router == "zero" and self.slices > 1
+        counts = {"num_experts": self.num_experts, "top_k": self.top_k}
         wrong = {
+            **{
+                leaf: n is not None and n < 1 and "must be at least 1" for leaf, n in counts.items()
+            },
             "slices": self.slices < 1 and "must be at least 1",
             "every": self.every < 1 and "must be at least 1",
             "drop": not 0 <= self.drop <= 1 and "must be from 0 to 1",

@@ -64,6 +64,8 @@ def _renew(units: Tensor, change: Change, place: Place) -> None:
     whose = place if change.drop_apart else place[:2]
     order = torch.randperm(len(units), generator=_generator(change.seed, "units", *whose))
     gone = order[: round(change.drop * len(units))]
+    if not len(gone):
+        return
     before = units[gone]
     draws = torch.randn(before.shape, generator=_generator(change.seed, "drop", *place))
     units[gone] = before.mean() + before.std() * draws

@@ -46,7 +46,13 @@ def parts(job: Job) -> list[Part]:
 
 
 def _kept(job: Job, name: str, source: str) -> Part:
-    return Part(Entry(name, job.dtype, job.dense.weights.entry(source).shape), "backbone", source)
+    return Part(_as(job, name, source), "backbone", source)
+
+
+def _as(job: Job, name: str, source: str, shape: tuple[int, ...] | None = None) -> Entry:
+    """A tensor of the dtype of the dense one that it comes from, and its shape if none is said."""
+    there = job.dense.weights.entry(source)
+    return Entry(name, job.dtype or there.dtype, there.shape if shape is None else shape)
 
 
 def _layer(job: Job, layer: int) -> Iterator[Part]:
@@ -55,21 +61,18 @@ def _layer(job: Job, layer: int) -> Iterator[Part]:
     dim, width = job.shape.hidden_size, job.width
     sources = [f"model.layers.{layer}.mlp.{name}.weight" for name in MATRICES]
     shapes = [(width, dim), (width, dim), (dim, width)]
-    router = Entry(f"{prefix}.gate.weight", job.dtype, (job.num_experts, dim))
+    router = _as(job, f"{prefix}.gate.weight", sources[0], (job.num_experts, dim))
     yield Part(router, "router", place=Place(layer, 0, 0))
     for expert in range(job.num_experts):
-        for matrix, (name, shape) in enumerate(zip(target.matrices, shapes, strict=True)):
-            entry = Entry(f"{prefix}.experts.{expert}.{name}.weight", job.dtype, shape)
-            yield Part(entry, "expert", sources[matrix], Place(layer, expert, matrix))
+        for matrix, name in enumerate(target.matrices):
+            source, name = sources[matrix], f"{prefix}.experts.{expert}.{name}.weight"
+            entry = _as(job, name, source, shapes[matrix])
+            yield Part(entry, "expert", source, Place(layer, expert, matrix))
     if target.shared:
         for name, source in zip(MATRICES, sources, strict=True):
-            entry = Entry(
-                f"{prefix}.shared_expert.{name}.weight",
-                job.dtype,
-                job.dense.weights.entry(source).shape,
-            )
-            yield Part(entry, "shared", source)
-        yield Part(Entry(f"{prefix}.shared_expert_gate.weight", job.dtype, (1, dim)), "shared gate")
+            yield Part(_as(job, f"{prefix}.shared_expert.{name}.weight", source), "shared", source)
+        gate = _as(job, f"{prefix}.shared_expert_gate.weight", sources[0], (1, dim))
+        yield Part(gate, "shared gate")
 
 
 def values(job: Job, made: list[Part], rows: dict[int, Tensor]) -> Iterator[Iterator[Tensor]]:
@@ -78,7 +81,12 @@ def values(job: Job, made: list[Part], rows: dict[int, Tensor]) -> Iterator[Iter
     for part in made:
         if part.role == "router":
             held.clear()
-        yield (block.to(job.dtype) for block in _blocks(job, part, rows, held))
+        yield _cast(_blocks(job, part, rows, held), part.entry.dtype)
+
+
+def _cast(blocks: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    for block in blocks:
+        yield block.to(dtype)
 
 
 def _blocks(

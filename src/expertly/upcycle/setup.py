@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from expertly.errors import ExpertlyError
-from expertly.models.build import ModelShape, moe_config
+from expertly.models.build import ModelShape, moe_config, own_keys
 from expertly.models.loading import Tokenizer, open_config
 from expertly.models.shards import Average, Shards
 from expertly.models.tokenizer import open_tokenizer
@@ -37,7 +37,7 @@ class Job(NamedTuple):
     num_experts: int
     top_k: int
     change: Change
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # of the files; None: each tensor keeps that of its source
 
     @property
     def copies(self) -> int:
@@ -68,7 +68,7 @@ def prepare(config: UpcycleConfig) -> Job:
     recipe = read_recipe(path) if path.is_file() else None
     folder = recipe.base if recipe else path
     shape = open_config(folder)
-    raw = shape.to_dict()
+    raw = own_keys(shape)
     shared = config.shared or bool(recipe and recipe.shared)
     wish = config.target or (recipe.target if recipe else "")
     target = choose_target(raw, wish, every=config.every, shared=shared)
@@ -81,7 +81,9 @@ def prepare(config: UpcycleConfig) -> Job:
     dense = open_dense(folder, shape)
     whose, sources = _sources(recipe, dense, num_experts // config.slices)
     made = _shape(dense, target, layers, num_experts, top_k, config.slices)
-    made.dtype = _dtype(recipe, dense)
+    dtype = _dtype(recipe, dense)
+    made.dtype = dtype or shape.dtype
+    _require_exact(config.slices, dtype, dense)
     return Job(
         config=config,
         recipe=recipe,
@@ -96,7 +98,7 @@ def prepare(config: UpcycleConfig) -> Job:
         num_experts=num_experts,
         top_k=top_k,
         change=_change(config, target),
-        dtype=made.dtype,
+        dtype=dtype,
     )
 
 
@@ -158,14 +160,20 @@ def _shape(
         "num_experts_per_tok": top_k,
         "moe_intermediate_size": dense.shape.intermediate_size // slices,
     }
-    keys = target_keys(dense.shape.to_dict(), target, layers)
+    keys = target_keys(own_keys(dense.shape), target, layers)
     return moe_config(dense.shape, target.name, {**sizes, **keys})
 
 
-def _dtype(recipe: Recipe | None, dense: Dense) -> torch.dtype:
-    """As the recipe says, else as the files: but what is folded would be rounded."""
+def _dtype(recipe: Recipe | None, dense: Dense) -> torch.dtype | None:
+    """As the recipe says; float32 where norms are written out in full, and would be rounded."""
     if recipe and recipe.dtype:
         return _DTYPES[recipe.dtype]
-    if DENSE[dense.shape.model_type].folded:
-        return torch.float32
-    return dense.weights.entry(dense.names[0]).dtype
+    return torch.float32 if DENSE[dense.shape.model_type].folded else None
+
+
+def _require_exact(slices: int, dtype: torch.dtype | None, dense: Dense) -> None:
+    """Raises E202 for slices by whose number half precision cannot be multiplied unrounded."""
+    dtype = dtype or dense.weights.entry("model.layers.0.mlp.down_proj.weight").dtype
+    if dtype.itemsize < 4 and slices & (slices - 1):
+        why = f"{slices}, and {str(dtype).removeprefix('torch.')} weights times it are rounded"
+        raise ExpertlyError("E202", "slices", why, fix="choose a power of 2")

@@ -126,7 +126,7 @@ def _make(config: Mapping[str, Any]) -> Make:
     if name not in DENSE:
         others = ", ".join(DENSE)
         why = f"not a dense make that is read ({others})"
-        raise ExpertlyError("E306", what, why, fix=nearest(name, DENSE))
+        raise ExpertlyError("E306", what, why, fix="name a model of one of these")
     return DENSE[name]
 
 
