@@ -2,9 +2,9 @@
 
 Run: python benchmarks/upcycle_training.py [--dense FOLDER] [--arms dense slices ..] [key=value ..]
 All arms read the same rows and evaluate on the same held-out text. Slices with top-4 of 16 and
-copies with top-1 use as many parameters a token as the dense model; copies with top-2 use more.
-Without --dense a small dense model is trained first. Two arms run side by side, each on half of the
-cores. Stopped, the same command goes on.
+copies with top-1 use as many parameters a token as the dense model; copies with top-2 use more;
+straight: with DenseMixer's router gradients. Without --dense a small dense model is trained first.
+Two arms run side by side, each on half of the cores. Stopped, the same command goes on.
 """
 
 import argparse
@@ -22,14 +22,18 @@ from expertly.train.compare import Curve, chart, reached, read_curve
 from expertly.watch.records import METRICS, read_records
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-# dense: goes on as it is
-ARMS = {
-    "dense": [],
-    "slices top-4": ["--experts", "16", "--slices", "4", "--top-k", "4"],
-    "copies top-1": ["--experts", "8", "--top-k", "1"],
-    "copies top-2": ["--experts", "8", "--top-k", "2"],
-    "drop top-1": ["--experts", "8", "--top-k", "1", "--drop", "0.5"],
-    "clusters top-1": ["--experts", "8", "--top-k", "1", "--router", "clusters"],
+_SLICES = ["--experts", "16", "--slices", "4", "--top-k", "4"]
+_ALL = ["router.straight_through=true"]
+# name -> how it is upcycled, if at all, and what its training is told besides
+ARMS: dict[str, tuple[list[str], list[str]]] = {
+    "dense": ([], []),
+    "slices top-4": (_SLICES, []),
+    "copies top-1": (["--experts", "8", "--top-k", "1"], []),
+    "copies top-2": (["--experts", "8", "--top-k", "2"], []),
+    "slices straight": (_SLICES, _ALL),
+    "copies straight": (["--experts", "8", "--top-k", "1"], _ALL),
+    "slices drop": ([*_SLICES, "--drop", "0.5"], []),
+    "slices clusters": ([*_SLICES, "--router", "clusters"], []),
 }
 
 
@@ -38,7 +42,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/upcycle_training"))
     parser.add_argument("--dense", type=Path, help="a dense model's folder")
     parser.add_argument("--dense-steps", type=int, default=600, help="of the small one, without")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:4], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:6], choices=ARMS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
@@ -65,13 +69,14 @@ def small_dense(folder: Path, steps: int) -> Path:
 
 def arm(name: str, dense: Path, folder: Path, overrides: list[str]) -> Path:
     """Upcycle as an arm says, and train on; what is finished is only read. Returns its run."""
+    how, told = ARMS[name]
     stem = name.replace(" ", "-")
-    model, run = dense, folder / stem
-    if ARMS[name]:
-        model = folder / f"{stem}-start"
+    model, run = dense, folder / "runs" / stem
+    if how:
+        model = folder / "models" / stem
         if not model.exists():
-            expertly("upcycle", dense, model, *ARMS[name])
-    orders = [f"model.path={model}", f"output_dir={run}", *overrides]
+            expertly("upcycle", dense, model, *how)
+    orders = [f"model.path={model}", f"output_dir={run}", *told, *overrides]
     expertly("train", CONFIG, *orders, "--resume")
     return run
 

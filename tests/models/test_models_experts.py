@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from tiny_families import tiny_family
 
 from expertly.errors import ExpertlyError
-from expertly.models.experts import EXPERTS, add_expert_dropout, register_experts
+from expertly.models.experts import (
+    EXPERTS,
+    add_expert_dropout,
+    expert_matrices,
+    register_experts,
+)
 from expertly.models.layers import moe_layers
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
@@ -71,3 +77,25 @@ def test_dropout_preserves_the_expectation(experts, tiny_model):
     error = many.std(0) / draws**0.5
     assert ((many.mean(0) - plain[0]).abs() < 5 * error).all()
     assert (many.std(0) > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_an_experts_matrices_are_views_of_its_stacks(family, tiny_ids):
+    """Concatenated; transposed and interleaved with biases; without a gate."""
+    model = tiny_family(family)
+    experts = moe_layers(model)[0].experts
+    matrices = expert_matrices(experts)
+    *_, up, down = matrices
+    assert up.shape[0] == down.shape[0] and up.shape[1:] == down.shape[:0:-1]
+    assert len(matrices) == (2 if family == "nemotron_h" else 3)
+    assert sum(m.numel() for m in matrices) == sum(
+        p.numel() for name, p in experts.named_parameters() if p.dim() == 3
+    )
+    x, one = torch.randn(1, down.shape[1]), torch.ones(1, 1)
+    before = experts(x, torch.ones(1, 1, dtype=torch.long), one)
+    up[1].zero_()
+    zeroed = experts(x, torch.ones(1, 1, dtype=torch.long), one)
+    assert not zeroed.equal(before)
+    if family != "gpt_oss":  # its gate is multiplied by up + 1
+        assert not zeroed.any()

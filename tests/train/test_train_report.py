@@ -73,13 +73,16 @@ def test_a_dense_models_step(step):
 
 
 def test_an_evaluation():
-    log = Log()
+    log, cosines = Log(), {"to_each_other": [0.5, 1.0]}
     loads = {"a": torch.tensor([[3.0, 1.0]]), "b": torch.zeros(1, 2)}
-    write_evaluation(log, AT, HeldOut(2.5, {"a": 2.0, "b": 3.0}, loads))
+    write_evaluation(log, AT, HeldOut(2.5, {"a": 2.0, "b": 3.0}, loads), cosines)
     assert log.told[0]["eval"] == {"loss": 2.5, "domain": {"a": 2.0, "b": 3.0}}
+    assert log.told[0]["divergence"] == {"to_each_other": 0.75}
+    assert log.routed[0]["divergence"] == cosines
     assert log.routed[0]["domains"] == {"a": [[0.75, 0.25]], "b": [[0.0, 0.0]]}
-    write_evaluation(log, AT, HeldOut(2.5, {"a": 2.0}, {}))
+    write_evaluation(log, AT, HeldOut(2.5, {"a": 2.0}, {}), {})
     assert len(log.routed) == 1, "a dense model has none"
+    assert "divergence" not in log.told[1]
 
 
 def test_one_line_for_people(step):

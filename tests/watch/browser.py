@@ -88,6 +88,8 @@ def made(*, layers=3, experts=4, steps=3, domains=("code", "docs"), **other):
             "max_load_ratio": [[max(row) for row in at] for at in rows],
             "router_confidence": figures(0.2),
             "dropped_frac": figures(0.01),
+            "cosine_to_each_other": [None, *figures(0.97)[1:]],  # before the first evaluation
+            "cosine_to_dense": [None, *figures(0.9)[1:]],
         },
         "norms": [[round(0.9 + (n + e) / 40, 3) for e in range(experts)] for n in range(layers)],
         "domains": {

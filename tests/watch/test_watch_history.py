@@ -71,6 +71,30 @@ def test_a_new_run_has_everything(tmp_path):
     assert len(page(found)) > 1000
 
 
+def test_how_alike_experts_are_belongs_to_the_steps_after_an_evaluation(tmp_path):
+    def evaluation(step, **cosines):
+        means = {name: sum(rows) / 3 for name, rows in cosines.items()}
+        report(tmp_path, step=step, eval={"loss": 1.0}, divergence=means)
+        append_json(tmp_path / ROUTER, {"step": step, "divergence": cosines, "domains": {}})
+
+    report(tmp_path, step=5, moe=WATCHED)
+    for step in (5, 10, 15, 20):
+        snapshot(tmp_path, step)
+        if step == 10:
+            evaluation(10, to_dense=[0.9, 0.8, 0.7])
+        if step == 20:
+            evaluation(20, to_dense=[0.6, 0.5, 0.4], to_each_other=[0.3, 0.2, 0.1])
+    found = history(tmp_path)
+    first, last = [0.9, 0.8, 0.7], [0.6, 0.5, 0.4]
+    assert found["series"]["cosine_to_dense"] == [None, first, first, last]
+    assert found["series"]["cosine_to_each_other"] == [None, None, None, [0.3, 0.2, 0.1]]
+    assert found["summary"]["cosine_to_dense"] == pytest.approx(0.5)
+    told = {reading.name: reading.now for reading in readings(found["summary"])}
+    assert told["like the dense model"] == "0.5000"
+    assert told["experts alike (cosine)"] == "0.2000"
+    assert len(page(found)) > 1000
+
+
 def test_a_token_is_never_rounded_away(tmp_path):
     report(tmp_path, step=1)
     snapshot(tmp_path, 1, [[1e-6, 0.0, 1 - 1e-6]])
@@ -174,6 +198,7 @@ WHOLE = {  # a run's records with everything that a history reads
         },
         {"step": 12, "cleared": {"kind": "dead", "layer": 1}},
         {"step": 20, "moe": WATCHED},
+        {"step": 20, "eval": {}, "divergence": {"to_dense": 0.9, "to_each_other": None}},
     ],
     ROUTER: [
         {"step": 10, "tokens": 9, "load": LOAD},
@@ -185,7 +210,11 @@ WHOLE = {  # a run's records with everything that a history reads
             "layers": {"router_confidence": [0.1, 0.2, None], "dropped_frac": [0, 0, 0]},
             "norms": [[1.0, 2.0, None, 0.0]] * 3,
         },
-        {"step": 20, "domains": {"code": LOAD, "docs": LOAD}},
+        {
+            "step": 20,
+            "domains": {"code": LOAD, "docs": LOAD},
+            "divergence": {"to_dense": [0.9, None, 1.0], "to_each_other": [0, -0.1, 1]},
+        },
     ],
 }
 STRANGE = [None, True, -1, 0.5, 10**400, math.nan, math.inf, "x", [], [[]], [None], {}, [[[1]]]]

@@ -44,6 +44,7 @@ def seen(report, tmp_path_factory):
     step(1); at.middle = text("heat-readout");
     press("max", "Home"); at.curve = text("max-readout");
     press("entropy", "ArrowLeft"); at.entropy = text("entropy-readout");
+    at.dense = text("dense-readout"); press("alike", "Home"); at.unknown = text("alike-readout");
     const select = document.getElementById("layer"); at.layer = select.value; select.value = "1";
     select.dispatchEvent(new Event("change")); press("domain-heat", "ArrowDown", "ArrowRight");
     at.domain = text("domain-readout");
@@ -125,7 +126,7 @@ def test_the_tables_of_layers_are_the_reports(seen, report):
         )
         for name in ("overlap", "divergence"):
             assert cells[name, name, layer][0] == pytest.approx(report["drift"][name][layer])
-    assert len(cells) == 3 * (5 + 1 + 2)
+    assert len(cells) == 3 * (7 + 1 + 2)
 
 
 def test_the_heat_map_reads_out_every_step_from_the_keyboard(seen, report):
@@ -156,6 +157,9 @@ def test_curves_and_domains_read_out_too(seen, report):
     assert at["curve"] == "step 10: " + ", ".join(hottest)
     even = [f"layer {n + 1} {shown(series['entropy_norm'][1][n], 3)}" for n in (2, 1, 0)]
     assert at["entropy"] == "step 20: " + ", ".join(even)
+    alike = [f"layer {n + 1} {shown(series['cosine_to_dense'][2][n], 4)}" for n in (2, 1, 0)]
+    assert at["dense"] == "step 30: " + ", ".join(alike)
+    assert at["unknown"].startswith("step 10: layer 3 –"), "before the first evaluation"
     assert at["layer"] == "2", "the worst layer first"
     load = report["domains"]["load"][1][1][1]
     assert at["domain"] == f"docs, layer 2, expert 1: load {shown(load)}x its share"
@@ -200,13 +204,25 @@ def test_a_big_model_stays_small_and_renders(tmp_path):
 def test_a_count_of_one_step_leaves_out_what_it_does_not_know(tmp_path):
     alone = made(steps=1, kind="model", norms=None, drift=None, summary={})
     alone["domains"] = None
-    del alone["series"]["router_confidence"]
+    for name in ("router_confidence", "cosine_to_each_other", "cosine_to_dense"):
+        del alone["series"][name]
     script = "return [...document.querySelectorAll('h2')].map(h => h.textContent).concat( \
         document.getElementById('verdict').textContent, document.querySelectorAll('input').length, \
         document.getElementById('layers').rows[0].cells.length)"
     seen = look(page(alone), tmp_path, script)
     headings = ["Summary", "Load of every expert", "Every layer"]
     assert seen.found == [*headings, "✓ All experts alive", 0, 5]
+    assert seen.console == []
+
+
+def test_a_run_without_an_evaluation_has_no_curve_of_it(tmp_path):
+    report = made()
+    del report["series"]["cosine_to_dense"]
+    report["series"]["cosine_to_each_other"] = [None] * 3
+    seen = look(
+        page(report), tmp_path, "return [...document.querySelectorAll('h3')].map(h => h.id)"
+    )
+    assert seen.found == ["h-max", "h-entropy", ""]
     assert seen.console == []
 
 

@@ -1,5 +1,7 @@
 """The experts seam: our experts function under transformers' name for it, and expert dropout."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,6 +19,22 @@ def register_experts() -> str:
     """Make `experts_implementation="expertly"` known to transformers; returns the name."""
     ExpertsInterface.register(EXPERTS, experts_forward)
     return EXPERTS
+
+
+def expert_matrices(experts: Any) -> list[Tensor]:
+    """Views of a module's stacks: gate, up and down, or up and down; (experts, out, in) each.
+
+    A module that does not say its layout is taken for the most common one.
+    """
+    gated = hasattr(experts, "gate_up_proj")
+    first, down = experts.gate_up_proj if gated else experts.up_proj, experts.down_proj
+    if getattr(experts, "is_transposed", False):
+        first, down = first.mT, down.mT
+    if not gated:
+        return [first, down]
+    if getattr(experts, "is_concatenated", True):
+        return [*first.chunk(2, dim=1), down]
+    return [first[:, ::2], first[:, 1::2], down]
 
 
 def add_expert_dropout(model: PreTrainedModel, probability: float) -> list[RemovableHandle]:

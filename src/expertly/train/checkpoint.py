@@ -130,7 +130,7 @@ def restore(checkpoint: Path, job: Job, proof: Proof) -> None:
         key, name = entry.split(".", 1)
         parameter = parameters[name]
         job.optimizer.state[parameter][key] = value.to(parameter.device)
-    if job.attachment is not None:
+    if proof.state():
         proof.restore(load_file(checkpoint / STATE / "proof.safetensors"))
     states = load_file(checkpoint / STATE / "random.safetensors")
     torch.set_rng_state(states["cpu"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from expertly.data.config import DataConfig
+from expertly.errors import nearest
 from expertly.moe.capacity import Fill, Overflow
 
 
@@ -66,6 +67,7 @@ class RouterConfig:
     exact: bool = True  # with accumulation: fix the load fractions in a count pass first
     bias_update_rate: float = 0.0  # aux-loss-free balancing, for routers with a bias
     allow_non_stock: bool = False  # save a policy that stock loaders do not know
+    straight_through: bool = False  # routers learn from all experts, unused ones too (DenseMixer)
     on_collapse: Literal["warn", "rebalance", "stop"] = "warn"  # what an alarm of collapse leads to
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -75,6 +77,9 @@ class RouterConfig:
                 yield leaf, "must not be negative"
         if self.bias_update_rate < 0:
             yield "bias_update_rate", "must not be negative"
+
+
+FREEZABLE = ("experts", "attention", "all_but_router")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,7 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    freeze: dict[str, int] = field(default_factory=dict)  # part: steps it stands still; -1: all
     on_bad_step: Literal["skip", "roll_back", "stop"] = "skip"  # a loss not finite, or a jump
     spike_sigmas: float = 6.0  # a loss so far above the last ones' mean is a jump; 0: never
     max_bad_steps: int = 10  # one after another; then the run stops
@@ -98,6 +104,7 @@ class OptimConfig:
             yield "learning_rate", "must be above 0"
         if self.router_learning_rate is not None and self.router_learning_rate < 0:
             yield "router_learning_rate", "must not be negative; 0 freezes the router"
+        yield from self._unfreezable()
         for leaf in ("weight_decay", "max_grad_norm", "spike_sigmas", "max_bad_steps"):
             if getattr(self, leaf) < 0:
                 yield leaf, "must not be negative"
@@ -106,6 +113,16 @@ class OptimConfig:
                 yield leaf, "must be from 0 to below 1"
         if self.adam_epsilon <= 0:
             yield "adam_epsilon", "must be above 0"
+
+    def _unfreezable(self) -> Iterator[tuple[str, str]]:
+        """What freeze asks for that cannot be."""
+        for part, steps in self.freeze.items():
+            if part not in FREEZABLE:
+                yield f"freeze.{part}", f"no such part; {nearest(part, FREEZABLE)}"
+            if steps < -1:
+                yield f"freeze.{part}", "must be a number of steps, or -1 for all of them"
+        if self.freeze.get("all_but_router") and self.router_learning_rate == 0:
+            yield "freeze", "nothing would learn: the routers' rate is 0, and the rest stands still"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,5 +204,7 @@ class TrainConfig:
             yield "output_dir", "must name a folder"
         if self.router.on_collapse == "rebalance" and self.optim.router_learning_rate == 0:
             yield "router.on_collapse", "routers drawn anew could not learn, their rate is 0"
+        if self.router.straight_through and self.optim.router_learning_rate == 0:
+            yield "router.straight_through", "it is for routers that learn, and their rate is 0"
         if not 0 <= self.seed < 2**63:
             yield "seed", "must be from 0 to below 2^63"

@@ -21,7 +21,9 @@ from expertly.train.checkpoint import (
     whole_checkpoint,
 )
 from expertly.train.config import TrainConfig
+from expertly.train.divergence import Divergence
 from expertly.train.evaluate import HeldOut, evaluate
+from expertly.train.freeze import thawed
 from expertly.train.guard import GoBack, Guard, refuse
 from expertly.train.health import Health
 from expertly.train.log import RunLog
@@ -45,6 +47,7 @@ class Run(NamedTuple):
     proof: Proof
     guard: Guard
     health: Health | None  # None: a dense model
+    divergence: Divergence | None  # None: a dense model
     log: RunLog
     stop: Stop
 
@@ -94,8 +97,9 @@ def _from(
     at = read_progress(checkpoint) if checkpoint else None
     remedy = Remedy(**at.remedy) if at else Remedy()
     job = prepare(config, checkpoint, log.say)
-    proof, guard = Proof(job.attachment), Guard(config.optim, at.guard if at else {})
+    proof, guard = Proof(job.attachment, job.freeze), Guard(config.optim, at.guard if at else {})
     health = Health(job, config, remedy) if job.attachment else None
+    diverging = Divergence(job.attachment, config.model.path, log.say) if job.attachment else None
     if checkpoint is not None and at is not None:
         job.batches.restore(at.data)
         restore(checkpoint, job, proof)
@@ -112,7 +116,7 @@ def _from(
             log.metrics({"step": 1 + (at.step if at else 0), "rolled_back": record})
     at = at or Progress(step=0, tokens=0, seconds=0.0, data={})
     with Stop() as stop:
-        ended = _loop(Run(config, job, proof, guard, health, log, stop), at)
+        ended = _loop(Run(config, job, proof, guard, health, diverging, log, stop), at)
     if isinstance(ended, TrainResult):
         held_out = HeldOut(ended.loss, ended.domains, {})
         receipt = write_receipt(folder, ended.checkpoint, config, job, proof, held_out)
@@ -155,6 +159,8 @@ def _step(run: Run, at: Progress) -> tuple[Step, Progress, GoBack | None]:
         health.look(at.step)
         config = replace(config, router=health.remedy.router(config.router))
         recorder = health.recorder
+    if begins := thawed(at.step, config.optim.freeze):
+        run.log.say(begins)
     started = time.perf_counter()
     done = train_step(config, run.job, recorder, run.guard, at.step)
     after = Progress(
@@ -166,7 +172,7 @@ def _step(run: Run, at: Progress) -> tuple[Step, Progress, GoBack | None]:
     if done.bad is not None:
         return done, after, refuse(config.optim, run.guard, run.log, at, after, done.bad)
     if health is not None and done.counts is not None:
-        run.proof.add(done.counts)
+        run.proof.add(done.counts, moving=run.job.freeze.experts_move(at.step))
         if health.heed(after.step, done.counts, run.log):
             run.guard.forget()
     return done, after, None
@@ -232,7 +238,8 @@ def _evaluate(run: Run, at: Progress) -> HeldOut | None:
     held_out = _held_out(run)
     if run.stop.asked:
         return None
-    write_evaluation(run.log, at, held_out)
+    cosines = run.divergence.measure() if run.divergence else {}
+    write_evaluation(run.log, at, held_out, cosines)
     return held_out
 
 

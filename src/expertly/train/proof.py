@@ -15,6 +15,7 @@ from expertly.models.loading import Model
 from expertly.receipts import Check, Receipt, fingerprint, versions, write
 from expertly.train.config import TrainConfig
 from expertly.train.evaluate import HeldOut
+from expertly.train.freeze import Freeze
 from expertly.train.setup import Job
 from expertly.watch.records import METRICS, read_records
 from expertly.watch.stats import LayerCounts
@@ -26,15 +27,18 @@ class Proof:
     It is saved in every checkpoint, so that a resumed run's receipt tells of the whole run.
     """
 
-    def __init__(self, attachment: Attachment | None):
-        self._attachment = attachment
+    def __init__(self, attachment: Attachment | None, freeze: Freeze | None = None):
+        self._attachment, self._freeze = attachment, freeze
         self._start = _norms(attachment) if attachment else {}
+        self._still = freeze.norms() if freeze else None
         self._received = torch.zeros(())  # (layers, experts) from the first step on
+        self._taught = torch.zeros(())  # of these, what came while experts moved
 
-    def add(self, counts: LayerCounts | None) -> None:
-        """Count the assignments that one step's experts served."""
+    def add(self, counts: LayerCounts | None, *, moving: bool = True) -> None:
+        """Count the assignments that one step's experts served. moving: whether they could learn"""
         if counts is not None:
             self._received = self._received + counts.load
+            self._taught = self._taught + counts.load * moving
 
     def idle(self) -> int:
         """How many experts never received a token."""
@@ -45,9 +49,14 @@ class Proof:
         return {part: f"{int(m.sum())} of {m.numel()}" for part, m in self._moved().items()}
 
     def unmoved(self) -> int:
-        """How many experts received tokens and are still as they were."""
+        """How many experts received tokens when they could learn, and are still as they were."""
         moved = self._moved().get("experts")
-        return 0 if moved is None else int(((self._received > 0) & ~moved).sum())
+        return 0 if moved is None else int(((self._taught > 0) & ~moved).sum())
+
+    def frozen_moved(self) -> int | None:
+        """How many parameters changed that were to stand still throughout; None: none were to."""
+        now = self._freeze.norms() if self._freeze else None
+        return None if now is None or self._still is None else int(now.ne(self._still).sum())
 
     def _moved(self) -> dict[str, Tensor]:
         """Whether each expert (layers, experts) and each router (layers,) has changed."""
@@ -55,15 +64,18 @@ class Proof:
         return {part: (now[part] != self._start[part]).any(dim=-1) for part in now}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it; nothing for a dense model."""
+        """What a checkpoint keeps of it; nothing for a dense model that moves as a whole."""
+        kept = {} if self._still is None else {"still": self._still}
         if self._attachment is None:
-            return {}
-        return {"received": self._received, **self._start}
+            return kept
+        return kept | {"received": self._received, "taught": self._taught, **self._start}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what a checkpoint kept."""
+        self._still = state.get("still")
         if self._attachment is not None:
             self._received = state["received"]
+            self._taught = state.get("taught", self._received)  # before there was freezing
             self._start = {part: state[part] for part in self._start}
 
 
@@ -75,7 +87,11 @@ def write_receipt(
     finite = math.isfinite(held_out.loss)
     checks = [Check("held-out loss is a number", finite, held_out.loss), *_saved(saved, job.model)]
     if job.attachment is not None:
-        checks += _on_experts(proof)
+        checks += _on_experts(proof, job.freeze)
+    moved = proof.frozen_moved()
+    if moved is not None:
+        name = "parameters frozen throughout that changed"
+        checks.append(Check(name, moved == 0, moved, 0, "report it"))
     receipt = Receipt(
         job="train",
         inputs=_inputs(config, job),
@@ -88,6 +104,7 @@ def write_receipt(
             "parameters": saved.total,
             "active_parameters": saved.active,
             "trouble": _trouble(run),
+            **_divergence(run),
         },
     )
     write(receipt, run)
@@ -99,6 +116,12 @@ def _trouble(run: Path) -> dict[str, int]:
     records = read_records(run / METRICS)
     kinds = ("alarm", "skipped", "rolled_back", "rebalanced")
     return {kind: sum(kind in record for record in records) for kind in kinds}
+
+
+def _divergence(run: Path) -> dict[str, Any]:
+    """How alike experts were in the last evaluation; nothing for a dense model."""
+    found = [each["divergence"] for each in read_records(run / METRICS) if "divergence" in each]
+    return {"divergence": found[-1]} if found else {}
 
 
 def _inputs(config: TrainConfig, job: Job) -> dict[str, Any]:
@@ -134,15 +157,14 @@ def _policy(job: Job) -> dict[str, Any]:
     return {"policy": said | note}
 
 
-def _on_experts(proof: Proof) -> list[Check]:
-    """Whether every expert received tokens, and learnt from those that it received."""
-    idle, unmoved = proof.idle(), proof.unmoved()
-    more = "raise router.router_aux_loss_coef or train longer"
-    name = "experts that received tokens but did not change"
-    return [
-        Check("experts that received no token", idle == 0, idle, 0, more),
-        Check(name, unmoved == 0, unmoved, 0, "raise optim.learning_rate"),
-    ]
+def _on_experts(proof: Proof, freeze: Freeze) -> list[Check]:
+    """Whether every expert received tokens, and learnt from those it could learn from."""
+    idle, more = proof.idle(), "raise router.router_aux_loss_coef or train longer"
+    checks = [Check("experts that received no token", idle == 0, idle, 0, more)]
+    if freeze.experts_ever_move():
+        name, unmoved = "experts that received tokens but did not change", proof.unmoved()
+        checks.append(Check(name, unmoved == 0, unmoved, 0, "raise optim.learning_rate"))
+    return checks
 
 
 def _saved(saved: Inspection, model: Model) -> list[Check]:

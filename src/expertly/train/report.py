@@ -1,5 +1,7 @@
 """What a run writes down of a step and of an evaluation; the formats are in docs/train.md."""
 
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -31,12 +33,20 @@ def write_step(
     log.router({**_where(at), **snapshot(done.counts, norms)})
 
 
-def write_evaluation(log: RunLog, at: Progress, held_out: HeldOut) -> None:
-    """Held-out losses, and which experts each domain's tokens went to."""
-    log.metrics({**_where(at), "eval": {"loss": held_out.loss, "domain": held_out.domains}})
+def write_evaluation(
+    log: RunLog, at: Progress, held_out: HeldOut, cosines: Mapping[str, Sequence[float]]
+) -> None:
+    """Held-out losses, which experts each domain's tokens went to, and how alike experts are.
+
+    cosines: per layer, to the dense model and to each other; empty for a dense model.
+    """
+    said = {"eval": {"loss": held_out.loss, "domain": held_out.domains}}
+    alike = {"divergence": {name: fmean(rows) for name, rows in cosines.items()}}
+    log.metrics({**_where(at), **said, **(alike if cosines else {})})
     if held_out.loads:
         loads = {name: shares(load) for name, load in held_out.loads.items()}
-        log.router({**_where(at), "domains": loads})
+        rows = {"divergence": dict(cosines)} if cosines else {}
+        log.router({**_where(at), "domains": loads, **rows})
 
 
 def status(done: Step, at: Progress) -> str:

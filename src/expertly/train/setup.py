@@ -24,6 +24,7 @@ from expertly.models.layers import own_policy
 from expertly.models.loading import Model, Tokenizer, check_model, load_weights, open_config
 from expertly.models.packed_loading import is_packed_folder
 from expertly.models.policies import SavedPolicy, fill_bias, read_policy, require_sayable
+from expertly.models.straight_through import StraightThrough, check_straight_through
 from expertly.models.tokenizer import (
     encode_batch,
     open_tokenizer,
@@ -34,6 +35,7 @@ from expertly.models.tokenizer import (
 from expertly.moe.policy import Policy, check_policy
 from expertly.moe.routing import ROUTERS
 from expertly.train.config import ModelConfig, RouterConfig, TrainConfig
+from expertly.train.freeze import Freeze
 from expertly.train.optimizer import build_optimizer
 
 # a byte-level BPE of a few thousand tokens does not get better from more text than this
@@ -56,6 +58,7 @@ class Job(NamedTuple):
     tokenizer: Tokenizer
     attachment: Attachment | None  # None: a dense model
     optimizer: AdamW
+    freeze: Freeze
     batches: Batches
     held_out: list[Batch]
     sets: list[TokenSet]  # by the index that batches use
@@ -89,24 +92,28 @@ def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     torch.manual_seed(config.seed)
     model = _model(config, folder, tokenizer)
     model.to(device).train()  # type: ignore[arg-type]
-    attachment = _attach(model, policy, saved, config.model) if policy is not None else None
+    attachment = _attach(model, policy, saved, config) if policy is not None else None
     if config.schedule.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    freeze = Freeze(model, attachment, config.optim.freeze, last=config.schedule.max_steps - 1)
     routers = [layer.router for layer in attachment.layers] if attachment else []
     optimizer = build_optimizer(model, routers, config.optim)
-    autocast = _cast(config, device)
-    return Job(model, tokenizer, attachment, optimizer, batches, held_out, sets, autocast, stock)
+    cast = _cast(config, device)
+    learns = (attachment, optimizer, freeze)
+    return Job(model, tokenizer, *learns, batches, held_out, sets, cast, stock)
 
 
 def _attach(
-    model: Model, policy: Policy, saved: SavedPolicy | None, asked: ModelConfig
+    model: Model, policy: Policy, saved: SavedPolicy | None, asked: TrainConfig
 ) -> Attachment:
-    """The policy at work on the model, with the biases that were saved and the dropout asked."""
+    """The policy at work on the model, with the biases that were saved and what else was asked."""
     attachment = attach(model, policy)
     if saved is not None:
         fill_bias(attachment, saved)
-    if asked.expert_dropout:
-        add_expert_dropout(model, asked.expert_dropout)
+    if asked.model.expert_dropout:
+        add_expert_dropout(model, asked.model.expert_dropout)
+    if asked.router.straight_through:
+        StraightThrough(model.config.to_dict(), attachment)
     return attachment
 
 
@@ -129,6 +136,8 @@ def policy_of(raw: dict[str, Any], router: RouterConfig, saved: SavedPolicy | No
         fill=router.fill,
     )
     check_policy(policy, sizes(raw).num_experts)
+    if router.straight_through:
+        check_straight_through(raw, name)
     if router.bias_update_rate and not ROUTERS[name].biased:
         fix = "set router.bias_update_rate=0, or router.router=biased_sigmoid_topk"
         raise ExpertlyError("E204", f"router {name}", "has no bias to update", fix=fix)

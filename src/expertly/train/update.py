@@ -36,6 +36,7 @@ def train_step(
     config: TrainConfig, job: Job, recorder: Recorder | None, guard: Guard, step: int
 ) -> Step:
     """The step after `step` others. A batch that the guard refuses moves nothing."""
+    job.freeze.at(step)
     rate = lr_factor(step, config.schedule)
     set_learning_rate(job.optimizer, rate)
     size, device = config.schedule.gradient_accumulation_steps, job.model.device

@@ -132,6 +132,7 @@ function curve(id, name, show, low, top) {
       svg.append(el("svg:text", { x: x(i), y: 186, "text-anchor": anchor }, `step ${count(R.steps[i])}`));
     for (const l of [...R.worst].reverse()) {
       const known = rows.map((_, i) => i).filter(i => at(name, l, i) != null);
+      if (!known.length) continue;
       const points = known.map(i => `${x(i).toFixed(1)},${y(at(name, l, i)).toFixed(1)}`);
       svg.append(el("svg:path", { d: "M" + points.join("L"), class: "w" + bold.indexOf(l) }));
     }
@@ -161,4 +162,10 @@ function curves() {
   const least = R.series.entropy_norm.flat().reduce((a, b) => Math.min(a, b), 0.9);
   curve("max", "max_load_ratio", times, 0, 4 * Math.ceil(most / 4));
   curve("entropy", "entropy_norm", v => fix(v, 3), Math.floor(least * 5) / 5, 1);
+  for (const [id, name] of [["alike", "cosine_to_each_other"], ["dense", "cosine_to_dense"]]) {
+    const known = (R.series[name] ?? []).flat().filter(v => v != null);
+    if (!known.length) { $(id).parentElement.remove(); continue; }
+    const away = 1 - known.reduce((a, b) => Math.min(a, b), 1);  // experts part slowly
+    curve(id, name, v => fix(v, 4), 1 - ([0.04, 0.2, 0.4, 1].find(span => span >= away) ?? 2), 1);
+  }
 }

@@ -19,6 +19,7 @@ class _Range(NamedTuple):
     gaps: bool  # whether null is one of them
 
 
+_COSINE = _Range(-1.001, 1.001, gaps=True)  # rounding
 _SHARE, _MASS = _Range(0, 1, gaps=False), _Range(0, 1, gaps=True)
 _NORM, _ANY = _Range(0, _MOST, gaps=True), _Range(-_MOST, _MOST, gaps=True)
 
@@ -37,16 +38,18 @@ def check_router(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
             fits = name not in record or _is_table(record[name], layers, experts, allowed)
             _demand(fits and (first is None or experts > 0), file, record, name, form)
         _demand("load" not in record or _count(record.get("tokens")), file, record, "tokens")
-        domains, per_layer = record.get("domains", {}), record.get("layers", {})
+        domains = record.get("domains", {})
         fits = isinstance(domains, dict) and (
             first is None  # then nothing is told of them
             or all(_is_table(rows, layers, experts, _SHARE) for rows in domains.values())
         )
         _demand(fits, file, record, "domains", form)
-        fits = isinstance(per_layer, dict) and all(
-            _is_table([row], 1, layers, _ANY) for row in per_layer.values()
-        )
-        _demand(fits, file, record, "layers", f"not {layers} numbers each")
+        for name, allowed in (("layers", _ANY), ("divergence", _COSINE)):
+            rows = record.get(name, {})
+            fits = isinstance(rows, dict) and (
+                first is None or all(_is_table([row], 1, layers, allowed) for row in rows.values())
+            )
+            _demand(fits, file, record, name, f"not {layers} numbers each")
 
 
 def check_metrics(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -59,6 +62,9 @@ def check_metrics(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
         # old runs wrote NaN
         fits = isinstance(moe, dict) and _is_row(finite(list(moe.values())), _ANY)
         _demand(fits, file, record, "moe", "not a number each")
+        alike = record.get("divergence", {})
+        fits = isinstance(alike, dict) and _is_row(list(alike.values()), _COSINE)
+        _demand(fits, file, record, "divergence", "not a cosine each")
         _demand("alarm" not in record or _is_alarm(record["alarm"]), file, record, "alarm")
         _demand(isinstance(record.get("cleared", {}), dict), file, record, "cleared")
 

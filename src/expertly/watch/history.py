@@ -19,6 +19,8 @@ from expertly.watch.records import METRICS, ROUTER, finite, read_records
 # cells of load in a report: at six characters each its page stays below 2 MB
 MOST_CELLS = 250_000
 
+_COSINES = ("to_dense", "to_each_other")
+
 Record = Mapping[str, Any]
 Rows = Sequence[Sequence[float]]
 
@@ -29,10 +31,10 @@ def history(run: Path) -> dict[str, Any]:
     Raises E305 when the folder holds no run, E303 when the run recorded no router, E301 for a
     damaged line.
     """
-    metrics, snapshots, domains = _read(run)
+    metrics, snapshots, domains, alike = _read(run)
     found = [folder for folder in checkpoints(run) if (folder / "config.json").is_file()]
     config = read_json(found[-1] / "config.json") if found else {}
-    return report(run.resolve().name, "run", config, metrics, snapshots, domains)
+    return report(run.resolve().name, "run", config, metrics, snapshots, domains, alike)
 
 
 def report(
@@ -42,17 +44,19 @@ def report(
     metrics: Sequence[Record],
     snapshots: Sequence[Record],
     domains: Record,
+    alike: Sequence[Record] = (),
 ) -> dict[str, Any]:
     """The report of records as a run writes them, wherever they are from.
 
     kind: "run" or "model". config: the model's; empty when it is not known. domains: the loads of
-    each domain, shares per layer; may be empty.
+    each domain, shares per layer; may be empty. alike: the records with a divergence.
     """
     last = snapshots[-1]
     layers, experts = len(last["load"]), len(last["load"][0])
     alarms = _alarms(metrics)
     domain_cells = len(domains) * layers * experts
     kept = _thin(snapshots, (MOST_CELLS - domain_cells) // (layers * experts))
+    steps = [record["step"] for record in kept]
     measured = [record["norms"] for record in snapshots if "norms" in record]
     return {
         "title": title,
@@ -61,9 +65,9 @@ def report(
         "layers": layers,
         "experts": experts,
         "tokens": last["tokens"],
-        "steps": [record["step"] for record in kept],
+        "steps": steps,
         "load": [over_even(record["load"]) for record in kept],
-        "series": _series(kept),
+        "series": _series(kept) | _cosines(alike, steps),
         "norms": _over_median(measured[-1]) if measured else None,
         "domains": _domains(domains),
         "drift": None,
@@ -96,21 +100,22 @@ def _load(ratio: float) -> float:
     return max(round(ratio, 3), 0.001) if ratio > 0 else 0.0
 
 
-def _read(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Record]:
-    """metrics.jsonl, the records with a load, and the last domains, shares per layer."""
+def _read(run: Path) -> tuple[list[Record], list[Record], Record, list[Record]]:
+    """metrics.jsonl, records with a load, the last domains, and records with a divergence."""
     if not (run / METRICS).is_file() and not (run / ROUTER).is_file():
         why = f"holds no {METRICS}, so it is not a run"
         raise ExpertlyError("E305", str(run), why, fix="name the output_dir of expertly train")
     metrics, router = read_records(run / METRICS), read_records(run / ROUTER)
     check_metrics(run / METRICS, metrics)
     check_router(run / ROUTER, router)
-    snapshots = [record for record in router if "load" in record]
+    snapshots: list[Record] = [record for record in router if "load" in record]
     if not snapshots:
         why = "has no record yet: a dense model, or a run before its first report"
         fix = "name a run of an MoE model, or wait for logging_steps steps"
         raise ExpertlyError("E303", str(run / ROUTER), why, fix=fix)
     domains = [record["domains"] for record in router if "domains" in record]
-    return metrics, snapshots, (domains or [{}])[-1]
+    alike: list[Record] = [record for record in router if "divergence" in record]
+    return [*metrics], snapshots, (domains or [{}])[-1], alike
 
 
 def _model(config: Record, metrics: Sequence[Record], layers: int) -> dict[str, Any]:
@@ -163,6 +168,20 @@ def _series(records: Sequence[Record]) -> dict[str, Any]:
         if name in records[-1].get("layers", {}):
             rows = [record.get("layers", {}).get(name) for record in records]
             series[name] = finite(rows)
+    return series
+
+
+def _cosines(records: Sequence[Record], steps: Sequence[int]) -> dict[str, Any]:
+    """Per name (steps, layers), what the latest evaluation until each step said; None before.
+
+    Of names that the latest of all has.
+    """
+    series: dict[str, Any] = {}
+    for name in records[-1]["divergence"] if records else ():
+        if name in _COSINES:
+            rows = [(record["step"], record["divergence"].get(name)) for record in records]
+            until = [[row for at, row in rows if at <= step] for step in steps]
+            series[f"cosine_{name}"] = [known[-1] if known else None for known in until]
     return series
 
 
@@ -225,6 +244,11 @@ def _worst(alarms: Sequence[Record], load: Rows) -> list[int]:
 
 
 def _summary(metrics: Sequence[Record]) -> dict[str, Any]:
-    """The last watch set; a number that is not finite becomes None, which JSON can say."""
+    """The last watch set, and how alike experts were in the last evaluation.
+
+    A number that is not finite becomes None, which JSON can say.
+    """
     watched = [record["moe"] for record in metrics if "moe" in record]
-    return finite(watched[-1]) if watched else {}
+    alike = [record["divergence"] for record in metrics if "divergence" in record]
+    last = {f"cosine_{name}": value for name, value in (alike or [{}])[-1].items()}
+    return finite({**(watched or [{}])[-1], **last})

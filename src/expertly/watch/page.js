@@ -110,6 +110,8 @@ const READINGS = [
   ["max_load_ratio", "hottest expert", v => times(v) + " its share", "below 4x", v => roomy ? v < 4 : null],
   ["min_load_ratio", "coldest expert", v => times(v) + " its share", "above 0", unsaid],
   ["dropped_frac", "dropped tokens", percent, "near 0%", v => v < 0.25],
+  ["cosine_to_each_other", "experts alike (cosine)", v => fix(v, 4), "below 1", unsaid],
+  ["cosine_to_dense", "like the dense model", v => fix(v, 4), "below 1", unsaid],
 ];
 function summary() {
   for (const [name, words, show, healthy, good] of READINGS) {

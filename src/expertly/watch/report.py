@@ -13,6 +13,8 @@ _READINGS = (
     ("effective_experts", "effective experts", "{:.1f}", "most of them"),
     ("max_load_ratio", "hottest expert", "{:.2f}x its share", "below 4x"),
     ("dropped_frac", "dropped tokens", "{:.1%}", "near 0%"),
+    ("cosine_to_each_other", "experts alike (cosine)", "{:.4f}", "below 1"),
+    ("cosine_to_dense", "like the dense model", "{:.4f}", "below 1"),
 )
 
 

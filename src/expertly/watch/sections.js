@@ -1,5 +1,6 @@
 // ---- layers, domains, drift
-const MORE = [["router_confidence", "confidence", v => fix(v, 3)], ["dropped_frac", "dropped", percent]]
+const MORE = [["router_confidence", "confidence", v => fix(v, 3)], ["dropped_frac", "dropped", percent],
+  ["cosine_to_each_other", "experts alike", v => fix(v, 4)], ["cosine_to_dense", "like the dense", v => fix(v, 4)]]
   .filter(([name]) => name in R.series);
 function layers() {
   $("layers").caption.textContent = run ? `At step ${R.steps[last]}` : "In this count";
