@@ -6,6 +6,7 @@ Made once per folder; delete the folder to make it anew.
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ def make_folder(config: dict[str, Any], folder: Path) -> None:
     )
 
 
-def make_gguf(peers: Path, folder: Path, out: Path) -> str | None:
+def make_gguf(peers: Path, folder: Path, out: Path, kinds: Sequence[str] = GGUF) -> str | None:
     """The GGUF files of a folder; one line that says why there are none, else None.
 
-    llama.cpp's converter comes with the sdist of llama-cpp-python, unpacked beside its environment.
+    kinds: what is quantised comes after bf16, of which it is made. llama.cpp's converter comes
+    with the sdist of llama-cpp-python, unpacked beside its environment.
     """
-    if all((out / f"{kind}.gguf").exists() for kind in GGUF):
+    if all((out / f"{kind}.gguf").exists() for kind in kinds):
         return None
     python = peers / "llama/bin/python"
     source = peers / "llama/sdist/vendor/llama.cpp"
     if not python.exists() or not source.exists():
         return f"no GGUF: {source} or {python} is missing"
-    command = [python, _CONVERT, source, folder, out, *GGUF[1:]]
+    command = [python, _CONVERT, source, folder, out, *kinds]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     return None if done.returncode == 0 else f"no GGUF: {done.stderr.strip().splitlines()[-1]}"
 

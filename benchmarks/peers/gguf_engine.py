@@ -9,7 +9,7 @@ _LENGTH = 1024  # positions of the cache
 class GgufEngine:
     """A model of a GGUF file; `api` is the module of the C functions.
 
-    Its cache holds keys and values in fp16, its n_batch and n_ubatch are 512, both by default.
+    n_batch and n_ubatch are 512, as by default.
     """
 
     def __init__(self, api: Any, folder: str, file: str, threads: int, **load: Any):
@@ -54,13 +54,21 @@ class GgufEngine:
         self._decode([token], every=False)
         self.api.llama_get_logits_ith(self.context, -1)[0]  # waits for the step's end
 
+    def best(self) -> int:
+        return int(self._row(-1).argmax())
+
     def logits(self, ids: list[int]) -> Any:
         import numpy as np
 
         self._decode(ids, every=True)
+        return np.stack([self._row(i).copy() for i in range(len(ids))])
+
+    def _row(self, i: int) -> Any:
+        """Logits (vocab,) of a token of the last batch, in the context's own memory."""
+        import numpy as np
+
         vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
-        rows = [self.api.llama_get_logits_ith(self.context, i) for i in range(len(ids))]
-        return np.stack([np.ctypeslib.as_array(row, (vocab,)).copy() for row in rows])
+        return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, i), (vocab,))
 
     def _params(self, setting: dict[str, Any]) -> Any:
         params = self.context_params(**setting)

@@ -1,9 +1,10 @@
 """Write a model folder as GGUF, and quantise it, with llama.cpp's own converter and quantiser.
 
 Run by llama.cpp's environment: python gguf_files.py SOURCE FOLDER OUT TYPE ...
-SOURCE: the llama.cpp folder inside llama-cpp-python's sdist. TYPE: bf16, q4_0, q8_0, ...; OUT gets
-one TYPE.gguf each. The converter knows tokenizers by a hash of what they make of some text, and
-stops at any other: it is told that this one splits text as GPT-2's does.
+SOURCE: the llama.cpp folder inside llama-cpp-python's sdist. TYPE: f32 or bf16, which the converter
+writes, or q4_0, q8_0, ..., made from bf16; OUT gets one TYPE.gguf each. The converter knows
+tokenizers by a hash of what they make of some text, and stops at any other: it is told that this
+one splits text as GPT-2's does.
 """
 
 import ctypes
@@ -17,13 +18,14 @@ from llama_cpp import llama_cpp
 
 def main() -> None:
     source, folder, out, *kinds = sys.argv[1:]
-    plain = Path(out) / "bf16.gguf"
-    if not plain.exists():
-        convert(source, folder, plain)
     for kind in kinds:
-        target = plain.with_name(f"{kind}.gguf")
-        if not target.exists():
-            quantize(plain, target, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+        target = Path(out) / f"{kind}.gguf"
+        if target.exists():
+            continue
+        if kind in ("f32", "bf16"):
+            convert(source, folder, target)
+        else:
+            quantize(target.with_name("bf16.gguf"), target, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
 
 
 def convert(source: str, folder: str, target: Path) -> None:
@@ -31,7 +33,7 @@ def convert(source: str, folder: str, target: Path) -> None:
     from conversion.base import TextModel
 
     TextModel.get_vocab_base_pre = lambda model, tokenizer: "gpt-2"
-    sys.argv = ["convert", folder, "--outfile", str(target), "--outtype", "bf16"]
+    sys.argv = ["convert", folder, "--outfile", str(target), "--outtype", target.stem]
     runpy.run_path(f"{source}/convert_hf_to_gguf.py", run_name="__main__")
 
 

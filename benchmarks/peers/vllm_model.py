@@ -1,17 +1,25 @@
-"""vLLM's engine for CPUs, bf16."""
+"""vLLM's engine for CPUs, in this process and with no more threads than it was given."""
 
+import os
 import time
 from typing import Any
 
-from vllm import LLM, SamplingParams
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from vllm import LLM, SamplingParams  # it reads the environment
 from wire import serve
 
 
 class Vllm:
-    def __init__(self, folder: str, threads: int):
+    """A model of a folder; eager: nothing compiled."""
+
+    def __init__(self, folder: str, threads: int, dtype: str = "bfloat16", eager: bool = False):
         self.model = LLM(
             folder,
-            dtype="bfloat16",
+            dtype=dtype,
+            enforce_eager=eager,
             max_model_len=1024,
             max_num_seqs=1,
             max_num_batched_tokens=1024,
@@ -24,6 +32,11 @@ class Vllm:
         one = self._seconds(tokens[:prompt], 1)
         more = len(tokens) - prompt
         return {"prefill": one, "decode": self._seconds(tokens[:prompt], more + 1) - one}
+
+    def greedy(self, tokens: list[int], new: int, setting: dict[str, Any]) -> dict[str, list[int]]:
+        wish = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        (found,) = self.model.generate({"prompt_token_ids": tokens}, wish, use_tqdm=False)
+        return {"tokens": list(found.outputs[0].token_ids)}
 
     def _seconds(self, prompt: list[int], new: int) -> float:
         wish = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, detokenize=False)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def _end_with_parent() -> None:
 def serve(engine_of: Callable[..., Any]) -> None:
     """The answering side: load an engine, then do what is asked until stdin ends.
 
-    An engine has what the benchmark asks it to do as methods that answer with a dict; for `round`
-    and `save_logits`, set(**setting), prefill(ids), step(id) and logits(ids) will do.
+    An engine has what the benchmark asks it to do as methods that answer with a dict; for `round`,
+    `greedy` and `save_logits`, set(**setting), prefill(ids), step(id), best() and logits(ids) do.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -141,9 +142,26 @@ def saved_logits(engine: Any, tokens: list[int], setting: Answer, to: str) -> An
     return {}
 
 
+def greedy(engine: Any, tokens: list[int], new: int, setting: Answer) -> Answer:
+    """The most likely tokens after a prompt, one at a time; the end of a text does not end it."""
+    engine.set(**setting)
+    engine.prefill(tokens)
+    found = [engine.best()]
+    while len(found) < new:
+        engine.step(found[-1])
+        found.append(engine.best())
+    return {"tokens": found}
+
+
+def about(engine: Any, package: str) -> Answer:
+    """The version of a package, and which of our own modules this process has."""
+    ours = [name for name in sys.modules if name.partition(".")[0] == "expertly"]
+    return {"version": metadata.version(package), "ours": ours}
+
+
 def _deed(engine: Any, do: str) -> Callable[..., Answer]:
     """What is asked: a method of the engine's own, or what all do in the same way."""
-    shared = {"round": timed_round, "save_logits": saved_logits}
+    shared = {"round": timed_round, "save_logits": saved_logits, "greedy": greedy, "about": about}
     own = getattr(engine, do, None)
     return own or partial(shared[do], engine)
 
