@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertly.config import differences, dump, load
+from expertly.config import build, differences, dump, load
 from expertly.errors import ExpertlyError
 
 
@@ -95,6 +95,18 @@ def from_text(tmp_path, text: str) -> Run:
 
 
 # --- what it accepts
+
+
+def test_a_mapping_is_built_as_the_same_yaml_would_be(tmp_path):
+    given = {"model": {"path": "m"}, "optim": {"betas": [0.9, 0.1]}, "seed": 3}
+    config = build(Run, given)
+    assert config == from_text(tmp_path, "{model: {path: m}, optim: {betas: [0.9, 0.1]}, seed: 3}")
+    assert given == {"model": {"path": "m"}, "optim": {"betas": [0.9, 0.1]}, "seed": 3}
+    assert "E201" in refusal(build, Run, {"model": {"path": "m"}, "sed": 3})
+    assert "E202" in refusal(build, Run, {"model": {"path": "m"}, "seed": "3"})
+    assert "E202" in refusal(build, Run, {})
+    wrong = {"model": {"path": "m"}, "router": {"top_k": 9}}
+    assert "router.top_k: is 9, more than num_experts = 8" in refusal(build, Run, wrong)
 
 
 def test_file_and_overrides(tmp_path):

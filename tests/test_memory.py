@@ -4,11 +4,19 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from expertly.memory import asked_bytes, is_out_of_memory, memory_error, size
+from expertly.memory import (
+    asked_bytes,
+    give_back,
+    is_out_of_memory,
+    memory_error,
+    peak_memory,
+    size,
+)
 
 CPU = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
@@ -98,3 +106,38 @@ def test_the_door_says_e402_for_any_verb(room, tmp_path):
     assert done.returncode == 4, done.stderr
     line = "expertly: error[E402] this machine: out of memory. FIX: close other programs, "
     assert done.stderr.splitlines()[-1].startswith(line), done.stderr
+
+
+# --- How much there is in use ------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of this process in memory, as Linux tells them."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_peak_is_what_was_in_use_at_once():
+    more = 64 * 2**20
+    wanted = resident() + more
+    held = torch.ones(more // 4)
+    assert peak_memory() >= 0.9 * wanted
+    del held
+    assert peak_memory() >= 0.9 * wanted, "a peak does not go down"
+    assert peak_memory() < 2**40, "bytes"
+
+
+def test_memory_is_given_back_and_nothing_in_use_is_lost():
+    kept = torch.arange(1000)
+    blocks = [torch.ones(2**14) for _ in range(800)]  # 64 kB each, that glibc keeps
+    pins = blocks[::100]
+    full = resident()
+    del blocks
+    give_back()
+    assert resident() < full - 20 * 2**20
+    assert torch.equal(kept, torch.arange(1000))
+    assert all(bool((pin == 1).all()) for pin in pins)
+
+
+def test_giving_back_is_left_out_where_the_c_library_has_no_such_call(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    give_back()

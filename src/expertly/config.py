@@ -5,14 +5,10 @@ may be bool, int, float (finite), str, Any, Literal, another such dataclass, `X 
 `tuple[X, ...]`, `tuple[X, Y]` or `dict[str, X]`; one without a default is required. A section given
 in part keeps the rest of its default; a list or a free mapping replaces it.
 
-Ranges belong to the dataclass. It may have one method, which runs once all its types are right:
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if self.top_k > self.num_experts:
-            yield "top_k", f"is {self.top_k}, more than num_experts = {self.num_experts}"
-
-The first problem becomes E202 under its dotted name. An outer dataclass may have `problems` too, for
-what its sections decide together; it then yields dotted leaves (`router.top_k`).
+Ranges belong to the dataclass. It may have one method, `problems(self) -> Iterator[(leaf, why)]`,
+which runs once all its types are right. The first problem becomes E202 under its dotted name. An
+outer dataclass may have it too, for what its sections decide together; it then yields dotted leaves
+(`router.top_k`).
 """
 
 import difflib

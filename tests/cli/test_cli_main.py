@@ -15,7 +15,17 @@ from expertly import __version__
 from expertly.cli.app import app
 from expertly.cli.options import number, print_json, table
 
-VERBS = ("demo", "plan", "train", "watch", "compare", "generate", "inspect", "doctor")
+VERBS = (
+    "demo",
+    "plan",
+    "train",
+    "upcycle",
+    "watch",
+    "compare",
+    "generate",
+    "inspect",
+    "doctor",
+)
 LINE = re.compile(r"expertly: error\[(E\d{3})\] [^\n]+: [^\n]+\. FIX: [^\n]+\n")
 
 

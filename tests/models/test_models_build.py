@@ -8,7 +8,15 @@ from transformers import AutoConfig
 from expertly.errors import ExpertlyError
 from expertly.families import FAMILIES as TABLE
 from expertly.families import moe_layer_indices, sizes
-from expertly.models.build import build_model, model_config, twin_config
+from expertly.models.build import (
+    build_model,
+    model_config,
+    moe_config,
+    own_keys,
+    parameters,
+    twin_config,
+    write_config,
+)
 from expertly.models.layers import moe_layers
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
@@ -190,3 +198,79 @@ def test_a_family_without_a_dense_class_has_no_twin(family):
 def test_a_twin_is_its_own_twin_where_the_class_is_the_same(tiny_sizes):
     twin = twin_config(model_config("deepseek_v3", tiny_sizes("deepseek_v3")))
     assert twin_config(twin).to_dict() == twin.to_dict()
+
+
+# --- MoEs of dense models ----------------------------------------------------------------------
+
+DENSE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 77,
+    "rms_norm_eps": 0.01,
+    "hidden_act": "gelu",
+    "initializer_range": 0.3,
+    "eos_token_id": 7,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 555.0, "factor": 2.0},
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "flex_olmo"])
+def test_an_moe_takes_over_what_its_class_knows_of_a_dense_config(family):
+    dense = model_config("llama", DENSE)
+    config = moe_config(dense, family, EXPERTS)
+    for key in DENSE.keys() - {"intermediate_size"}:
+        assert getattr(config, key) == getattr(dense, key), key
+    moe = sizes(config.to_dict())
+    assert (moe.num_experts, moe.top_k, moe.expert_width) == (6, 3, 24)
+    with torch.device("meta"):
+        model = build_model(config)
+    assert model.config.model_type == family
+    assert dense.to_dict() == model_config("llama", DENSE).to_dict(), "the dense config stays"
+
+
+def test_what_a_dense_class_does_not_read_is_not_taken_over():
+    dense = model_config("llama", DENSE)
+    dense.sliding_window, dense.router_jitter_noise, dense.architectures = 9, 0.5, ["Llama"]
+    config = moe_config(dense, "mixtral", EXPERTS)
+    assert (config.sliding_window, config.router_jitter_noise) == (None, 0.0)
+    assert config.architectures is None
+    assert not {"sliding_window", "router_jitter_noise"} & own_keys(dense).keys()
+    assert own_keys(dense)["head_dim"] == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({**EXPERTS, "num_experts_per_tok": 7}, "num_experts_per_tok: 7, but there are 6 experts"),
+        ({**EXPERTS, "moe_intermediate_size": 0}, "intermediate_size: 0, but it must be at least"),
+        ({**EXPERTS, "hidden_size": "wide"}, "target mixtral: .*hidden_size"),
+    ],
+)
+def test_an_moe_of_impossible_sizes_is_refused(given, said):
+    with pytest.raises(ExpertlyError, match=said) as caught:
+        moe_config(model_config("llama", DENSE), "mixtral", given)
+    assert caught.value.code == "E202"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_without_a_model(family, tiny_sizes, tiny_model):
+    config = model_config(family, tiny_sizes(family))
+    assert parameters(config) == sum(each.numel() for each in tiny_model(family).parameters())
+
+
+def test_parameters_of_what_fits_in_no_memory():
+    config = model_config("mixtral", {"hidden_size": 2**16, "num_hidden_layers": 40})
+    assert parameters(config) > 10**12
+
+
+def test_a_written_config_names_the_class(tiny_sizes, tmp_path):
+    write_config(model_config("mixtral", tiny_sizes("mixtral")), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.model_type, config.architectures) == ("mixtral", ["MixtralForCausalLM"])

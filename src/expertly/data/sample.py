@@ -36,7 +36,8 @@ def sample_rows(
     for domain, group in by_domain(sources).items():
         limit = tokens * _BYTES_PER_TOKEN
         texts = spread(_pieces(group, held_out), limit) or spread(_pieces(group, None), limit)
-        ids = [token for text in encode(texts) for token in (*text, end_of_text)][:tokens]
+        encoded = encode(texts) if texts else []  # which not every tokenizer takes
+        ids = [token for text in encoded for token in (*text, end_of_text)][:tokens]
         if len(ids) < 2:
             fix = "name a source with text in it"
             raise ExpertlyError("E303", f"domain {domain}", "no readable text", fix=fix)

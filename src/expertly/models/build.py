@@ -98,7 +98,7 @@ def moe_config(dense: PretrainedConfig, family: str, given: Mapping[str, Any]) -
     """
     known = AutoConfig.for_model(family).to_dict()
     stale = ("model_type", "architectures", "transformers_version", "_name_or_path")
-    kept = {k: v for k, v in dense.to_dict().items() if k in known and k not in stale}
+    kept = {k: v for k, v in own_keys(dense).items() if k in known and k not in stale}
     keys = {**kept, **_translate(family, dict(given))}
     try:
         config = AutoConfig.for_model(family, **keys)
@@ -108,6 +108,12 @@ def moe_config(dense: PretrainedConfig, family: str, given: Mapping[str, Any]) -
     for key, why in _problems(config.to_dict()):
         raise ExpertlyError("E202", f"target {family}: {key}", why, fix=f"correct {key}")
     return config
+
+
+def own_keys(config: PretrainedConfig) -> dict[str, Any]:
+    """What a config says and its class reads: a file may hold other keys, of other classes."""
+    known = {*AutoConfig.for_model(config.model_type).to_dict(), "head_dim"}  # which any may have
+    return {key: value for key, value in config.to_dict().items() if key in known}
 
 
 def build_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from expertly.errors import ExpertlyError
 from expertly.folders import write_json
-from expertly.models.files import INDEX, WEIGHTS, TensorHeader, read_header, read_headers, weight_files
+from expertly.models.files import (
+    INDEX,
+    WEIGHTS,
+    TensorHeader,
+    read_header,
+    read_headers,
+    weight_files,
+)
 
 _DTYPES = {
     "F64": torch.float64,

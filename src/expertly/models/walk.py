@@ -120,17 +120,18 @@ def compare(hidden: list[Tensor], heads: list[Head], vocabulary: int, ids: Tenso
     words = ids[:, 1:].flatten()
     totals = torch.full((2, ids.numel()), -torch.inf)
     meant = torch.zeros(2, len(words))
-    largest = scale = 0.0
+    largest = scale = torch.zeros(())
     for start in range(0, vocabulary, _VOCABULARY):
         stop = min(start + _VOCABULARY, vocabulary)
         one, other = (
             x @ head.weights.rows(head.name, start, stop).float().T
             for x, head in zip(flat, heads, strict=True)
         )
-        scale = max(scale, float(one.abs().max()))
+        scale = torch.maximum(scale, one.abs().max())
         here = (start <= words) & (words < stop)
         for i, logits in enumerate((one, other)):
             totals[i] = torch.logaddexp(totals[i], logits.logsumexp(dim=1))
             meant[i, here] = logits[places[here], words[here] - start]
-        largest = max(largest, float(one.sub_(other).abs_().max()))
-    return Difference(largest, scale, (totals[:, places] - meant).mean(dim=1).tolist())
+        largest = torch.maximum(largest, one.sub_(other).abs_().max())  # a NaN stays
+    losses = (totals[:, places] - meant).mean(dim=1).tolist()
+    return Difference(float(largest), float(scale), losses)

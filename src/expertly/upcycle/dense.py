@@ -4,12 +4,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from expertly.errors import ExpertlyError
-from expertly.models.build import ModelShape
+from expertly.models.build import ModelShape, own_keys
 from expertly.models.files import check_manifest
 from expertly.models.loading import open_config, skeleton
 from expertly.models.shards import Shards
 
 _BUFFER = "rotary_emb.inv_freq"  # that old checkpoints kept
+# of a config: what no feed-forward hangs on
+_MAY_DIFFER = (
+    *("architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout"),
+)
 
 
 class Dense(NamedTuple):
@@ -48,16 +53,11 @@ def open_dense(folder: Path, shape: ModelShape) -> Dense:
 
 def open_like(folder: Path, base: Dense) -> Dense:
     """A specialist of a base model. Raises what open_dense does, and E305 for one unlike it."""
-    shape = open_config(folder)
-    if shape.model_type != base.shape.model_type:
-        why = f"is a {shape.model_type}, the base a {base.shape.model_type}"
-        raise ExpertlyError("E305", str(folder), why, fix="name models that came from one base")
-    model = open_dense(folder, shape)
-    for name in base.names:
-        here = model.weights.entry(name).shape if name in model.names else "none"
-        there = base.weights.entry(name).shape
-        if here != there:
-            why = f"{name} has shape {here}, in the base {there}"
+    model = open_dense(folder, open_config(folder))
+    mine, theirs = own_keys(model.shape), own_keys(base.shape)
+    for key in ("model_type", *theirs):
+        if key not in _MAY_DIFFER and mine.get(key) != theirs[key]:
+            why = f"{key} is {mine.get(key)}, the base's {theirs[key]}"
             raise ExpertlyError("E305", str(folder), why, fix="name models that came from one base")
     return model
 

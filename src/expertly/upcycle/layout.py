@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertly.errors import ExpertlyError
 from expertly.models.shards import Entry, Shards
 from expertly.upcycle.experts import MATRICES, Place, expert_matrix
 from expertly.upcycle.setup import Job
@@ -81,12 +82,18 @@ def values(job: Job, made: list[Part], rows: dict[int, Tensor]) -> Iterator[Iter
     for part in made:
         if part.role == "router":
             held.clear()
-        yield _cast(_blocks(job, part, rows, held), part.entry.dtype)
+        yield _cast(job, part, _blocks(job, part, rows, held))
 
 
-def _cast(blocks: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+def _cast(job: Job, part: Part, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The blocks in the part's dtype; E301 for NaN or infinity, the files' or for want of range."""
     for block in blocks:
-        yield block.to(dtype)
+        cast = block.to(part.entry.dtype)
+        # one pass without a temporary; a NaN comes through it
+        if cast.numel() and not all(end.isfinite() for end in cast.aminmax()):
+            why = f"{part.source} holds NaN, infinity or what {cast.dtype} cannot say"
+            raise ExpertlyError("E301", job.config.model, why, fix="copy the model again")
+        yield cast
 
 
 def _blocks(

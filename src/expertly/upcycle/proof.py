@@ -56,9 +56,10 @@ def _last(shape: ModelShape, weights: Weights, ids: Tensor) -> Tensor:
 def receipt_of(job: Job, proof: Proof, expected: int, cost: dict[str, float]) -> Receipt:
     """The receipt. expected: the MoE's parameters; cost: seconds and bytes of the job."""
     largest, written = proof.difference.largest, proof.written
+    loss = proof.difference.losses[1]
     checks = [
         Check("saved parameters", written.total == expected, written.total, expected),
-        Check("the MoE's loss is a number", math.isfinite(proof.difference.losses[1])),
+        Check("the MoE's loss is a number", math.isfinite(loss), loss),
     ]
     if proof.limit is not None:
         name = "largest logit difference to the dense model"

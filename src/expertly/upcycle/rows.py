@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _RIDGE = 0.01  # of the states' mean square
+_NOTHING = 1e-6  # a spread of logits that is rounding alone, where 1 is wanted
 _CLEAR = 0.5  # share of its own tokens that a copy should rank first for
 
 
@@ -19,20 +20,28 @@ def fitted_rows(states: Tensor, wanted: Tensor) -> Tensor:
     """Rows (copies, dim) whose logits come nearest to what is wanted, by ridge regression.
 
     states: (tokens, dim), what the router will see; wanted: (tokens, copies), 1 for a token that a
-    copy should get, -1 for one that it should not, else 0. The states of a normed residual stream
-    share a large mean direction, which serves as the bias that a stock router lacks. Scaled so
-    that the logits, which differ from token to token by a common number that routing ignores,
-    spread by 1 around their mean over the copies.
+    copy should get, -1 for one that it should not, else 0; what is wanted of each copy weighs the
+    same, however many tokens say it. The states of a normed residual stream share a large mean
+    direction, which serves as the bias that a stock router lacks. Scaled so that the logits, which
+    differ from token to token by a common number that routing ignores, spread by 1 around their
+    mean over the copies; all zero where the states tell nothing apart.
     """
-    x, y = states.double(), wanted.double()
-    y = y - y.mean(dim=1, keepdim=True)
+    weight = _even(wanted).sqrt().unsqueeze(1)
+    x = weight * states.double()
+    y = weight * (wanted - wanted.mean(dim=1, keepdim=True)).double()
     gram = x.T @ x
     ridge = _RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
     gram.diagonal().add_(ridge)
     rows = torch.linalg.solve(gram, x.T @ y).T
-    logits = x @ rows.T
-    spread = (logits - logits.mean(dim=1, keepdim=True)).std()
-    return (rows / spread if spread > 0 else rows).float()
+    logits = states.double() @ rows.T
+    spread = (logits - logits.mean(dim=1, keepdim=True)).std(correction=0)
+    return (rows / spread if spread > _NOTHING else torch.zeros_like(rows)).float()
+
+
+def _even(wanted: Tensor) -> Tensor:
+    """Weights (tokens,) by which each copy's wanted and unwanted tokens count 1 together."""
+    signs = torch.cat([wanted > 0, wanted < 0], dim=1).double()
+    return (signs / signs.sum(dim=0).clamp(min=1)).sum(dim=1)
 
 
 def unclear(rows: Tensor, states: Tensor, wanted: Tensor) -> list[int]:

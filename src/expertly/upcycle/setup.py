@@ -18,6 +18,7 @@ from expertly.upcycle.recipe import Recipe, read_recipe
 from expertly.upcycle.targets import DENSE, Target, choose_target, target_keys
 
 _COPIES = 8
+_RECIPES = (".yaml", ".yml")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +66,9 @@ def prepare(config: UpcycleConfig) -> Job:
     if os.path.lexists(config.output_dir):
         raise ExpertlyError("E205", config.output_dir, "exists already", fix="name a new folder")
     path = Path(config.model)
+    if path.is_file() and path.suffix not in _RECIPES:
+        why = f"expected a model's folder, or a recipe in {' or '.join(_RECIPES)}"
+        raise ExpertlyError("E305", config.model, why, fix="name the folder that it is in")
     recipe = read_recipe(path) if path.is_file() else None
     folder = recipe.base if recipe else path
     shape = open_config(folder)

@@ -96,9 +96,9 @@ def choose_target(config: Mapping[str, Any], asked: str, *, every: int, shared: 
     nearly = {name: said for name, said in why.items() if TARGETS[name].qk_norm == make.qk_norm}
     said = "; ".join(f"{name}: {reason}" for name, reason in (nearly or why).items())
     what = f"model_type {config['model_type']!r}"
-    raise ExpertlyError(
-        "E306", what, f"no stock MoE says it exactly ({said})", fix="choose another dense model"
-    )
+    alone = any(not list(_unlike(config, make, target)) for target in TARGETS.values())
+    fix = "leave out every and shared" if alone else "choose another dense model"
+    raise ExpertlyError("E306", what, f"no stock MoE says it exactly ({said})", fix=fix)
 
 
 def biases(config: Mapping[str, Any]) -> str:
