@@ -109,7 +109,7 @@ def test_logits_spread_by_one(scale):
 def test_they_are_the_ridge_regression_of_a_longer_way():
     states, wanted = task([30, 30, 30])
     x, y = states.double(), wanted.double() - 1 / 3
-    ridge = 0.01 * x.square().sum(dim=0).mean()
+    ridge = 0.1 * x.square().sum(dim=0).mean()
     stacked = torch.cat([x, ridge.sqrt() * torch.eye(DIM, dtype=torch.double)])
     zeros = torch.zeros(DIM, 3, dtype=torch.double)
     longer = torch.linalg.lstsq(stacked, torch.cat([y, zeros])).solution.T

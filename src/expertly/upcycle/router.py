@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from expertly.errors import ExpertlyError
 from expertly.models.walk import walk
 from expertly.upcycle.clusters import balanced_clusters
 from expertly.upcycle.rows import fitted_rows, random_rows, unclear
@@ -19,8 +20,18 @@ def router_rows(job: Job, say: Say) -> dict[int, Tensor]:
 
     random: small and normal. zero: all experts alike, so it needs whole copies. clusters: fitted
     to balanced k-means of the states that the router will see, on the job's data. A recipe's
-    prompts: fitted to the same states of each specialist's prompts.
+    prompts: fitted to the same states of each specialist's prompts. Raises E202 for slices of
+    copies that a router cannot tell apart.
     """
+    rows = _rows(job, say)
+    for layer, each in rows.items():
+        if job.change.slices > 1 and len(each.unique(dim=0)) < job.copies:
+            why = f"copies alike in layer {layer}: a token would get slices of several"
+            raise ExpertlyError("E202", "router", why, fix="give other text, or leave slices out")
+    return rows
+
+
+def _rows(job: Job, say: Say) -> dict[int, Tensor]:
     dim = job.shape.hidden_size
     if job.recipe and job.recipe.gate_mode == "hidden":
         return _from_prompts(job, say)

@@ -6,7 +6,9 @@ A stock router has no bias: a token's logits are its state times the rows.
 import torch
 from torch import Tensor
 
-_RIDGE = 0.01  # of the states' mean square
+# of the states' mean square: on SmolLM2's states more new tokens go right than with 0.01, and
+# clusters come out more even than with 1
+_RIDGE = 0.1
 _NOTHING = 1e-6  # a spread of logits that is rounding alone, where 1 is wanted
 _CLEAR = 0.5  # share of its own tokens that a copy should rank first for
 
