@@ -105,4 +105,9 @@ def _page(made: "UpcycleResult") -> str:
         f"folder       {made.folder}",
         f"try it       {command()} generate {made.folder} --prompt 'def main('",
     ]
+    if made.slices > 1:
+        lines.append(
+            "train on     with optim.router_learning_rate at a hundredth of the rest: its rows part "
+            "slowly, so that a token keeps all slices of its copies at first"
+        )
     return "\n".join(lines)

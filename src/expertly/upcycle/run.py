@@ -36,6 +36,7 @@ class UpcycleResult:
     target: str
     moe_layers: int
     num_experts: int
+    slices: int
     top_k: int
     parameters: int
     active_parameters: int
@@ -122,6 +123,7 @@ def _result(job: Job, folder: Path, receipt: Receipt) -> UpcycleResult:
         target=job.target.name,
         moe_layers=len(job.moe_layers),
         num_experts=job.num_experts,
+        slices=job.change.slices,
         top_k=job.top_k,
         parameters=figures["parameters"],
         active_parameters=figures["active_parameters"],
