@@ -107,7 +107,7 @@ def _page(made: "UpcycleResult") -> str:
     ]
     if made.slices > 1:
         lines.append(
-            "train on     with optim.router_learning_rate at a hundredth of the rest: its rows part "
-            "slowly, so that a token keeps all slices of its copies at first"
+            "train on     with optim.router_learning_rate at a hundredth of the rest, so that a "
+            "token keeps all slices of its copies at first"
         )
     return "\n".join(lines)
