@@ -9,6 +9,9 @@ LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml
 KERNELS := setup.py $(wildcard src/expertly/kernels/cpu/*.cpp src/expertly/kernels/cpu/*.h)
 # the tools of the virtual environment where there is one, else those on the PATH
 BIN := $(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/,)
+# a process for each processor, but not more than fit into memory at 1 GB each; they take each
+# other's tests when they have none left. WORKERS= runs all in one
+WORKERS ?= -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test check stress floor gpu clean
 
@@ -23,7 +26,7 @@ check:  ## every check, with the tools that are there
 	$(BIN)ruff format --check .
 	$(BIN)lint-imports
 	$(BIN)mypy
-	$(BIN)pytest
+	$(BIN)pytest $(WORKERS)
 
 stress: $(VENV)/dev  ## the heavy fault rows in full: kills, full disks, mutants; some ten minutes
 	{ echo 'count(sample, full): how many are tried by make test, and here'; \

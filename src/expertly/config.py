@@ -40,15 +40,15 @@ def load(kind: type[T], path: Path | str | None, overrides: Sequence[str] = ()) 
     Raises E201 for an unknown key, E202 for a value that is missing, of the wrong type or out of
     range, E203 for a file that cannot be read, E208 for an override that names no single key.
     """
-    tree = {} if path is None else _read(Path(path))
+    return build(kind, {} if path is None else _read(Path(path)), overrides)
+
+
+def build(kind: type[T], given: Mapping[str, object], overrides: Sequence[str] = ()) -> T:
+    """Build a config of `kind` from a mapping as YAML would give it. Raises E201, E202 and E208."""
+    tree, names = dict(given), tuple(_names(kind))
     for override in overrides:
-        tree = _apply(tree, override, tuple(_names(kind)))
-    return build(kind, tree)
-
-
-def build(kind: type[T], given: Mapping[str, object]) -> T:
-    """Build a config of `kind` from a mapping as YAML would give it. Raises E201 and E202."""
-    return cast(T, _build(kind, dict(given), _Place("", tuple(_names(kind)))))
+        tree = _apply(tree, override, names)
+    return cast(T, _build(kind, tree, _Place("", names)))
 
 
 def dump(config: object) -> str:

@@ -20,6 +20,8 @@ VERBS = (
     "plan",
     "train",
     "upcycle",
+    "finetune",
+    "merge",
     "watch",
     "compare",
     "generate",

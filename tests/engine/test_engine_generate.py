@@ -45,6 +45,8 @@ def test_it_stops_at_the_end_of_text(tiny_model):
     model.generation_config.eos_token_id = plain[3]
     stopped = generate_ids(model, PROMPT, Sampling(8, 0))
     assert stopped == plain[: plain.index(plain[3]) + 1]
+    other = list(stream_ids(model, PROMPT, Sampling(8, 0), frozenset({plain[1]})))
+    assert other == plain[: plain.index(plain[1]) + 1]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])

@@ -1,7 +1,8 @@
-"""Both ways that packed weights are computed, and every instruction set of the machine."""
+"""Both ways that packed weights are computed, every instruction set, and sanitized programs."""
 
 import pytest
 import torch
+from sanitized import Sanitized
 
 from expertly.kernels import packed_linear
 from expertly.kernels.native import ISAS, Library, library
@@ -30,3 +31,9 @@ def kernels(request):
 def native(kernels):
     """What stands around the packed linears, for each instruction set."""
     return Operations(kernels.handle, kernels.isa)
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """sanitized.program(sources) -> a program under sanitizers."""
+    return Sanitized(tmp_path_factory.mktemp("sanitized"))

@@ -79,6 +79,7 @@ def packed_copy(experts, bits, group_size=32, **form):
     packed = pack_experts(experts, bits, group_size, **form)
     dense, copied = copy.deepcopy(experts), copy.deepcopy(experts)
     replace_experts(copied, packed)
+    copied.eval()  # in training rounding is made up for
     inner, down = dequantize(packed.gate_up), dequantize(packed.down)
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     hidden = packed.hidden

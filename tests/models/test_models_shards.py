@@ -225,3 +225,20 @@ def test_a_part_need_not_be_contiguous(tmp_path):
 @given(shapes, st.sampled_from(DTYPES))
 def test_bytes_of_an_entry(shape, dtype):
     assert Entry("a", dtype, shape).nbytes == torch.empty(shape, dtype=dtype).nbytes
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wanted"),
+    [
+        ([torch.bfloat16, torch.bfloat16], torch.bfloat16),
+        ([torch.bfloat16, torch.float32], torch.float32),
+        ([torch.bfloat16, torch.float16], torch.float32),
+    ],
+)
+def test_an_average_has_the_least_dtype_that_holds_all(dtypes, wanted, tmp_path):
+    models = [
+        Shards(saved(tmp_path / str(i), {"x": numbers(2, 3, dtype=dtype)}))
+        for i, dtype in enumerate(dtypes)
+    ]
+    assert Average(models).entry("x") == Entry("x", wanted, (2, 3))
+    assert [model.folder.name for model in models] == ["0", "1"]

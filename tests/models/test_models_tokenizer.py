@@ -127,3 +127,14 @@ def test_code_in_the_folder_never_runs(tmp_path):
     except ExpertlyError as error:
         assert error.code == "E307"
     assert not (tmp_path / "canary").exists()
+
+
+def test_an_adapter_without_one_has_its_bases(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_folder(base, lambda folder: save_tokenizer(TRAINED, folder))
+    adapter.mkdir()
+    said = json.dumps({"base_model_name_or_path": str(base)})
+    (adapter / "adapter_config.json").write_text(said, encoding="utf-8")
+    assert tokenizer_fingerprint(open_tokenizer(adapter)) == tokenizer_fingerprint(TRAINED)
+    save_tokenizer(train_tokenizer(TEXTS, 270), adapter)
+    assert len(open_tokenizer(adapter)) == 270

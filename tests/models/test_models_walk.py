@@ -86,7 +86,7 @@ def require_same_walk(model, atol=1e-5):
     assert [each.layer for each in passed] == [*range(len(hidden))]
     for each, wanted_states, wanted in zip(passed, states, hidden, strict=True):
         torch.testing.assert_close(each.states, wanted_states, atol=atol, rtol=1e-5)
-        torch.testing.assert_close(each.hidden, wanted, atol=atol, rtol=1e-5)
+        torch.testing.assert_close(torch.stack(each.hidden), wanted, atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "keys"), DENSE)
@@ -106,8 +106,33 @@ def test_weights_of_any_float_are_walked_in_float32(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     half = Held(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16))
     *_, last = walk(model.config, half, IDS)
-    assert last.hidden.dtype == torch.float32
-    torch.testing.assert_close(last.hidden, fed(model)[1][-1], atol=1e-5, rtol=1e-5)
+    hidden = torch.stack(last.hidden)
+    assert hidden.dtype == torch.float32
+    torch.testing.assert_close(hidden, fed(model)[1][-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "keys"), DENSE)
+def test_rows_of_several_lengths_are_walked_as_each_would_be_alone(family, keys):
+    """None is padded: masks, windows and positions are those of its own length."""
+    model, rows = dense(family, **keys), [IDS[0], IDS[1, :9], IDS[2, :1], IDS[2, :9]]
+    alone = [list(walk(model.config, Held(model), [row])) for row in rows]
+    for together, *each in zip(walk(model.config, Held(model), rows), *alone, strict=True):
+        assert torch.equal(together.states, torch.cat([one.states for one in each]))
+        assert all(map(torch.equal, together.hidden, [one.hidden[0] for one in each]))
+
+
+def test_a_layer_sees_one_row_at_a_time(monkeypatch):
+    model, seen = dense("llama"), []
+
+    def build(shape):
+        made = build_model(shape)
+        for layer in made.model.layers:
+            layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+        return made
+
+    monkeypatch.setattr(module, "build_model", build)
+    list(walk(model.config, Held(model), IDS))
+    assert seen == [(1, 24, 32)] * 9, "3 rows, 3 layers"
 
 
 def test_one_layers_parameters_are_in_memory_at_a_time(monkeypatch):

@@ -18,7 +18,8 @@ from expertly.models.loading import open_model
 from expertly.train import loop
 from expertly.train.checkpoint import read_progress, whole_checkpoint
 from expertly.train.proof import Proof
-from expertly.train.setup import prepare, tokenize
+from expertly.train.setup import prepare
+from expertly.train.text import tokenize
 from expertly.watch.stats import LayerCounts
 
 MODELS = {

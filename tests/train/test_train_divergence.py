@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from expertly import receipts
 from expertly.folders import save_folder, write_json
+from expertly.models.adapter_files import base_marks
 from expertly.models.attach import attach
 from expertly.models.build import build_model, model_config
 from expertly.models.layers import moe_layers
 from expertly.models.loading import save_model
-from expertly.receipts import fingerprint
 from expertly.train import loop
 from expertly.train.divergence import Divergence, to_dense, to_each_other
 from expertly.watch.records import METRICS, ROUTER, read_records
@@ -105,10 +106,7 @@ def upcycled(tiny_model, tiny_tokenizer, tmp_path):
                     layer.experts.down_proj[expert] = down * slices
         for name, model in zip(names, dense, strict=True):
             save_folder(tmp_path / name, lambda to, m=model: save_model(m, to))
-        said = [
-            {"path": str(tmp_path / name), "config": fingerprint(tmp_path / name / "config.json")}
-            for name in names
-        ]
+        said = [{"path": str(tmp_path / name), **base_marks(tmp_path / name)} for name in names]
         changed = {"copies": copies, "slices": slices, "layers": [0, 1]}
         changed["specialists"] = said if specialists else []
         receipt = receipts.Receipt("upcycle", {"dense": said[0]}, {}, changed, (), {})
@@ -152,12 +150,28 @@ def rewritten(folder, **changed):
     write_json(folder / "receipt.json", receipt)
 
 
+def trained_in_place(folder):
+    """The same config.json, other numbers."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.gate_proj.weight"] += 1e-3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_receipt_that_does_not_know_the_weights_is_believed(upcycled):
+    folder, moe = upcycled(2)
+    receipt = json.loads((folder / "receipt.json").read_text())
+    del receipt["inputs"]["dense"]["weights"]
+    write_json(folder / "receipt.json", receipt)
+    assert Divergence(attach(moe), str(folder), pytest.fail).measure()["to_dense"] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
         (lambda moe: shutil.rmtree(moe.parent / "dense0"), "config.json: cannot be read"),
         (lambda moe: write_json(moe.parent / "dense0" / "config.json", {}), "another than it was"),
         (lambda moe: (moe.parent / "dense0" / "model.safetensors").unlink(), "dense0"),
+        (lambda moe: trained_in_place(moe.parent / "dense0"), "its weights are others than they"),
         (lambda moe: rewritten(moe, slices=3), "the receipt says 3 slices"),
         (lambda moe: rewritten(moe, slices=4), "is not what the experts were made of"),
         (lambda moe: rewritten(moe, layers=[0]), "2 layers have experts, not 1"),

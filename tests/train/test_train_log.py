@@ -20,7 +20,8 @@ RECORD = {
 
 
 def test_records_are_lines(tmp_path, capsys):
-    log = RunLog(tmp_path, max_steps=9)
+    log = RunLog(tmp_path)
+    log.begin(None, 9)
     log.metrics(RECORD)
     log.metrics({**RECORD, "step": 4})
     log.router({"step": 3, "load": [[0.5, 0.5]]})
@@ -43,13 +44,13 @@ def test_tensorboard_tags_and_what_a_stopped_run_left_there(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(tmp_path, max_steps=9, tensorboard=True)
-    log.begin(None)
+    log = RunLog(tmp_path, tensorboard=True)
+    log.begin(None, 9)
     for step in (3, 4, 5):
         log.metrics({**RECORD, "step": step})
     log.close()
-    log = RunLog(tmp_path, max_steps=9, tensorboard=True)
-    log.begin(4)
+    log = RunLog(tmp_path, tensorboard=True)
+    log.begin(4, 9)
     log.metrics({**RECORD, "step": 5, "train": {"loss": 1.5}})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -66,8 +67,8 @@ def test_tensorboard_tags_and_what_a_stopped_run_left_there(tmp_path):
 def test_missing_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ExpertlyError, match=r"E207.*expertly\[tensorboard\]"):
-        RunLog(tmp_path, max_steps=9, tensorboard=True)
-    RunLog(tmp_path, max_steps=9).close()
+        RunLog(tmp_path, tensorboard=True)
+    RunLog(tmp_path).close()
 
 
 def refusing(monkeypatch, *steps):
@@ -80,7 +81,7 @@ def steps(folder, name=METRICS):
 
 
 def test_records_wait_in_their_order(tmp_path, monkeypatch, capsys):
-    log = RunLog(tmp_path, max_steps=9)
+    log = RunLog(tmp_path)
     refusing(monkeypatch, 2)
     for step in (1, 2, 3):
         log.metrics({"step": step})
@@ -100,7 +101,7 @@ def test_records_wait_in_their_order(tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_disk_never_took_is_said(tmp_path, monkeypatch, capsys):
-    log = RunLog(tmp_path, max_steps=9)
+    log = RunLog(tmp_path)
     refusing(monkeypatch, 1)
     log.metrics({"step": 1})
     log.metrics({"step": 2})
@@ -110,16 +111,16 @@ def test_what_the_disk_never_took_is_said(tmp_path, monkeypatch, capsys):
 
 def test_beginning_again_takes_back_what_is_later(tmp_path, monkeypatch):
     """Also of the records that wait; earlier ones go on waiting, for nothing writes them again."""
-    log = RunLog(tmp_path, max_steps=9)
+    log = RunLog(tmp_path)
     log.metrics({"step": 1})
     refusing(monkeypatch, 2)
     for step in (2, 3, 4):
         log.metrics({"step": step})
-    log.begin(3)
+    log.begin(3, 9)
     refusing(monkeypatch)
     log.metrics({"step": 4, "again": True})
     assert steps(tmp_path) == [1, 2, 3, 4]
-    log.begin(None)
+    log.begin(None, 9)
     assert steps(tmp_path) == []
     log.close()
 
@@ -140,7 +141,7 @@ def test_a_reader_that_left_is_no_reason_to_end(tmp_path, monkeypatch):
             return False
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    log = RunLog(tmp_path, max_steps=9)
+    log = RunLog(tmp_path)
     for step in (1, 2):
         log.say("a line")
         log.metrics({"step": step})
@@ -153,8 +154,8 @@ def test_a_reader_that_left_is_no_reason_to_end(tmp_path, monkeypatch):
 def test_a_tracker_that_fails_is_left_out_and_said_once(where, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("EXPERTLY_FAULT", f"log.board@{where}:error")
-    log = RunLog(tmp_path, max_steps=9, tensorboard=True)
-    log.begin(None)
+    log = RunLog(tmp_path, tensorboard=True)
+    log.begin(None, 9)
     for step in (1, 2, 3):
         log.metrics({"step": step, "train": {"loss": 1.0}})
     log.close()

@@ -11,7 +11,7 @@ from expertly.data import sources as sources_of_data
 from expertly.data.sources import expand
 from expertly.errors import ExpertlyError
 from expertly.models.loading import open_model, save_model
-from expertly.train import loop, setup
+from expertly.train import loop, text
 from expertly.train.guard import Guard
 from expertly.train.setup import pick_device, prepare
 from expertly.train.update import train_step
@@ -29,7 +29,7 @@ def test_the_tokenizer_is_trained_once(configure, tmp_path, monkeypatch):
     first = prepare(config, None, said.append)
     assert [line for line in said if line.startswith("tokenizer: training")]
     assert any(line.startswith("data: words: ") for line in said)
-    monkeypatch.setattr(setup, "train_tokenizer", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(text, "train_tokenizer", lambda *args: pytest.fail("trained again"))
     second = prepare(config, None, quiet)
     assert len(second.tokenizer) == len(first.tokenizer) == 280
     assert torch.equal(next(first.batches).input_ids, next(second.batches).input_ids)
@@ -55,7 +55,7 @@ def test_what_was_left_out_of_the_data_is_told(configure, tmp_path, texts):
 
 def test_bare_sources_are_expanded_once(configure, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(setup, "expand", lambda sources: asked.append(sources) or expand(sources))
+    monkeypatch.setattr(text, "expand", lambda sources: asked.append(sources) or expand(sources))
     monkeypatch.setattr(sources_of_data, "builtin_files", lambda name: asked.append(name) or [])
     with pytest.raises(ExpertlyError, match=r"E303\] data\.sources: no source is left"):
         prepare(configure(tmp_path, "data.sources=[{path: stdlib}]"), None, quiet)
@@ -64,14 +64,14 @@ def test_bare_sources_are_expanded_once(configure, tmp_path, monkeypatch):
 
 def test_two_runs_that_train_one_tokenizer_at_once(configure, tmp_path, monkeypatch):
     config = configure(tmp_path / "run", f"data.cache_dir={tmp_path / 'cache'}", "vocab_size=270")
-    real = setup.train_tokenizer
+    real = text.train_tokenizer
 
     def slower(texts, size):
-        monkeypatch.setattr(setup, "train_tokenizer", real)
+        monkeypatch.setattr(text, "train_tokenizer", real)
         prepare(config, None, quiet)  # the other run
         return real(texts, size)
 
-    monkeypatch.setattr(setup, "train_tokenizer", slower)
+    monkeypatch.setattr(text, "train_tokenizer", slower)
     assert len(prepare(config, None, quiet).tokenizer) == 270
 
 
@@ -131,8 +131,8 @@ def refuse_data(*args, **how):
 def test_what_is_wrong_is_said_in_a_line_before_data_is_read(
     configure, tmp_path, monkeypatch, overrides, code, why
 ):
-    monkeypatch.setattr(setup, "token_sets", refuse_data)
-    monkeypatch.setattr(setup, "train_tokenizer", refuse_data)
+    monkeypatch.setattr(text, "token_sets", refuse_data)
+    monkeypatch.setattr(text, "train_tokenizer", refuse_data)
     with pytest.raises(ExpertlyError, match=why) as caught:
         loop.run(configure(tmp_path / "run", *overrides))
     assert caught.value.code == code
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_said_in_a_line_before_data_is_read(
 
 def test_cuda_on_a_machine_without_it(configure, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(setup, "token_sets", refuse_data)
+    monkeypatch.setattr(text, "token_sets", refuse_data)
     with pytest.raises(ExpertlyError, match=r"E202\] device: no CUDA device here"):
         loop.run(configure(tmp_path / "run", "device=cuda"))
     assert pick_device("auto") == "cpu"
@@ -152,7 +152,7 @@ def test_cuda_on_a_machine_without_it(configure, tmp_path, monkeypatch):
 
 def test_missing_tensorboard_is_found_before_data_is_read(configure, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(setup, "token_sets", refuse_data)
+    monkeypatch.setattr(text, "token_sets", refuse_data)
     with pytest.raises(ExpertlyError, match="E207"):
         loop.run(configure(tmp_path / "run", "report_to=[tensorboard]"))
     assert not (tmp_path / "run").exists()

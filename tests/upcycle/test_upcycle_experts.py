@@ -79,6 +79,16 @@ def test_what_is_made_is_float32_and_the_dense_matrix_stays():
     assert all(torch.equal(made, each.float()) for made, each in zip(plain[:2], half, strict=False))
 
 
+@pytest.mark.parametrize("slices", [1, 2, 8])
+@pytest.mark.parametrize("change", [{}, {"drop": 0.5, "noise": 0.1}], ids=["plain", "changed"])
+def test_a_slice_that_is_cut_first_is_that_of_the_converted_matrix(slices, change):
+    half = [each.bfloat16() for each in DENSE]
+    change = Change(slices=slices, **change)
+    for number in (0, slices - 1):
+        converted = expert(change, number, dense=[each.float() for each in half])
+        assert all(map(torch.equal, expert(change, number, dense=half), converted))
+
+
 # --- Drop-Upcycling ----------------------------------------------------------------------------
 
 

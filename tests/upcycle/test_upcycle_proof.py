@@ -2,14 +2,18 @@
 
 import json
 import math
+from collections import Counter
+from unittest.mock import ANY
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from expertly.receipts import read, sha256
-from expertly.upcycle.proof import prove, receipt_of
+from expertly.upcycle.proof import mixed_slices, prove, receipt_of
 from expertly.upcycle.text import text_rows
 
 
@@ -52,10 +56,12 @@ def test_its_figures_are_those_of_stock_transformers(
 def test_a_receipt_says_what_was_done(upcycled, dense_folder):
     result = upcycled("llama", drop=0.5, slices=2)
     receipt, dense = read(result.folder), dense_folder("llama")
+    weights = dense / "model.safetensors"
     assert (receipt.job, receipt.verdict) == ("upcycle", "pass")
     assert receipt.inputs["dense"] == {
         "path": str(dense.resolve()),
         "config": sha256(dense / "config.json"),
+        "weights": {"model.safetensors": [weights.stat().st_size, ANY]},
     }
     assert "drop: 0.5" in receipt.inputs["config"]
     assert {"torch", "transformers", "safetensors", "expertly"} <= receipt.versions.keys()
@@ -97,3 +103,39 @@ def test_parameters_that_are_not_those_of_the_config_are_seen(prepared, upcycled
     proof = prove(job, result.folder, text_rows(job, 64, held_out=True))
     assert receipt_of(job, proof, result.parameters, {}).verdict == "pass"
     assert receipt_of(job, proof, result.parameters + 1, {}).verdict == "fail"
+
+
+# --- Slices in 16 bits -------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(2, 4), st.integers(1, 2), st.integers(0, 99))
+def test_mixed_slices_are_those_of_a_longer_way(slices, copies, chosen, seed):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(20, 8, generator=generator)
+    rows = torch.randn(copies, 8, generator=generator)
+    rows[1] = rows[0] * (1 + 1e-3 * (seed % 2))  # ties, all of them or in 16 bits only
+    router = rows.repeat_interleave(slices, dim=0)
+    found = mixed_slices(states, router, chosen * slices, slices)
+    logits = states.bfloat16() @ router.bfloat16().T
+    for token, mixed in enumerate(found.tolist()):
+        experts = logits[token].topk(chosen * slices).indices.tolist()
+        counts = Counter(expert // slices for expert in experts)
+        assert mixed == any(count != slices for count in counts.values())
+
+
+def test_a_receipt_says_how_many_tokens_that_would_be(upcycled):
+    figures = read(upcycled("llama", drop=0.5, slices=2).folder).figures
+    assert 0 <= figures["tokens_with_mixed_slices_in_16_bits"] <= figures["held_out_tokens"]
+    assert "tokens_with_mixed_slices_in_16_bits" not in read(upcycled("llama").folder).figures
+
+
+def test_copies_that_only_float32_tells_apart_are_counted(upcycle, monkeypatch):
+    def near(job, say):
+        rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+        rows[2] = rows[0] + 1e-5
+        return dict.fromkeys(job.moe_layers, rows)
+
+    monkeypatch.setattr("expertly.upcycle.run.router_rows", near)
+    made = upcycle("llama", num_experts=16, slices=4, top_k=4)
+    figures = read(made.folder).figures
+    assert made.exact and figures["tokens_with_mixed_slices_in_16_bits"] > 0

@@ -179,3 +179,11 @@ def test_a_real_size_is_quick():
     start = time.process_time()
     fitted_rows(states, wanted)
     assert time.process_time() - start < 10  # about one, and room for a slow machine
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 90, 4096])
+def test_how_many_tokens_are_in_float64_at_once_does_not_matter(chunk, monkeypatch):
+    states, wanted = task([30, 50, 10])
+    whole = fitted_rows(states, wanted)
+    monkeypatch.setattr("expertly.upcycle.rows._CHUNK", chunk)
+    torch.testing.assert_close(fitted_rows(states, wanted), whole, atol=1e-6, rtol=1e-5)

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from expertly.errors import ExpertlyError
+from expertly.upcycle.room import require_room
 
 LINE = re.compile(r"expertly: error\[(E\d{3})\] [^\n]+: [^\n]+\. FIX: [^\n]+\n")
 WEIGHTS = "model.safetensors"
@@ -116,7 +118,7 @@ FLAGS = [
     ("--drop half", "E208", "--drop"),
     ("--shards 2", "E208", "--shards"),
 ]
-EXITS = {"E2": 2, "E3": 3}
+EXITS = {"E2": 2, "E3": 3, "E4": 4}
 
 
 @pytest.fixture
@@ -160,6 +162,27 @@ def test_what_is_no_model_folder(dense_folder, refused, tmp_path):
     refused("nobody/nothing", "E305", "FIX: hf download nobody/nothing")
     refused(dense_folder("llama") / WEIGHTS, "E305", "expected a model's folder, or a recipe")
     refused(dense_folder("llama") / "config.json", "E305", "FIX: name the folder that it is in")
+
+
+def test_names_that_no_file_can_have(dense_folder, refused):
+    refused("x" * 5000, "E305", "file name too long. FIX: correct it")
+    refused(dense_folder("llama"), "E401", "file name too long", out="x" * 300)
+
+
+def test_an_output_without_room_is_refused_before_any_work(dense_folder, refused, monkeypatch):
+    monkeypatch.setattr("expertly.upcycle.run.text_rows", lambda *_, **__: pytest.fail("too late"))
+    for have in (0, 9000):
+        disk = SimpleNamespace(free=have)
+        monkeypatch.setattr("expertly.upcycle.room.shutil.disk_usage", lambda _, d=disk: d)
+        refused(dense_folder("llama"), "E401", "disk full: need ", out="a/b/moe")
+
+
+def test_an_output_where_one_may_not_write(dense_folder, refused, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    refused(dense_folder("llama"), "E401", "not a directory", out="file/moe")
+    monkeypatch.setattr("expertly.upcycle.room.os.access", lambda *_: False)
+    with pytest.raises(ExpertlyError, match=r"E401.*permission denied. FIX: name an output folder"):
+        require_room(tmp_path / "moe", 1)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling"])

@@ -115,6 +115,11 @@ def test_the_reason_of_a_refusal(make, keys, given, said):
         choose_target(raw(make, **keys), **{"asked": "", "every": 1, "shared": False, **given})
 
 
+def test_whoever_asks_says_how_to_ask_for_none():
+    with pytest.raises(ExpertlyError, match=r"E202.*FIX: leave it out of there$"):
+        choose_target(raw("qwen3"), "mixtral", every=1, shared=False, fix="leave it out of there")
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_an_moe_is_no_dense_model(family):
     found = chosen({"model_type": family})

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from expertly.errors import ExpertlyError
-from expertly.upcycle.text import prompt_rows, text_rows
+from expertly.upcycle.text import cut_evenly, prompt_rows, text_rows
 
 
 def of(job, tokens=256, *, held_out=False):
@@ -59,3 +61,26 @@ def test_prompts_are_cut_where_positions_end(prepared):
     assert short.dim() == 1 and len(short) < 20
     assert len(long) == 128
     assert len(prompt_rows(job, ("",))[0]) == 1, "an end of text"
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(1, 300))
+def test_the_longest_prompts_are_cut_until_all_fit(lengths, tokens):
+    texts = [torch.arange(length) for length in lengths]
+    cut = [len(text) for text in cut_evenly(texts, tokens)]
+    most = max(cut)
+    assert cut == [min(length, most) for length in lengths]
+    assert sum(cut) <= tokens or most <= 16
+    if most < max(lengths):
+        assert most == 16 or sum(min(length, most + 1) for length in lengths) > tokens
+        assert most >= 16
+    assert all(torch.equal(text, torch.arange(len(text))) for text in cut_evenly(texts, tokens))
+
+
+def test_so_much_of_the_other_documents_is_passed_over(text, prepared, monkeypatch):
+    """Then the domain counts as one without held-out documents, and gives of all."""
+    job = prepared("llama")
+    whole = of(job, held_out=True)
+    monkeypatch.setattr("expertly.data.sample._PASSED", 10)
+    first = of(job, held_out=True)
+    assert not torch.equal(first, whole)
+    assert torch.equal(first, of(job, held_out=True))

@@ -101,6 +101,15 @@ def made(*, layers=3, experts=4, steps=3, domains=("code", "docs"), **other):
             "reference": "base",
             "overlap": [0.9 - n / layers / 3 for n in range(layers)],
             "divergence": [0.01 + n / layers / 7 for n in range(layers)],
+            "domains": {
+                name: {
+                    "overlap": [0.9] * layers,
+                    "divergence": [0.02] * layers,
+                    "confidence": [0.31, 0.35],
+                    "loss": [2.5, 2.25 + d],
+                }
+                for d, name in enumerate(domains)
+            },
         },
         "alarms": [],
         "worst": list(reversed(range(layers))),

@@ -6,11 +6,11 @@ import torch
 from expertly.errors import ExpertlyError
 from expertly.models.attach import attach
 from expertly.models.layers import moe_layers
-from expertly.watch.audit import audit, drift, look
+from expertly.watch.audit import Text, audit, look
 
 ROWS = {
-    "code": torch.randint(1, 150, (9, 24), generator=torch.Generator().manual_seed(1)),
-    "docs": torch.randint(150, 300, (5, 16), generator=torch.Generator().manual_seed(2)),
+    "code": Text(torch.randint(1, 150, (9, 24), generator=torch.Generator().manual_seed(1))),
+    "docs": Text(torch.randint(150, 300, (5, 16), generator=torch.Generator().manual_seed(2))),
 }
 
 
@@ -24,8 +24,8 @@ def test_the_load_is_a_slow_loops(tiny_model, family):
     seen = look(model, ROWS, quiet)
     slow = {name: torch.zeros(2, 8) for name in ROWS}
     with attach(model) as attachment, torch.no_grad():
-        for name, ids in ROWS.items():
-            for row in ids:
+        for name, text in ROWS.items():
+            for row in text.ids:
                 model(row.unsqueeze(0))
                 for layer, decision in enumerate(attachment.decisions):
                     for expert in decision.served.experts.flatten().tolist():
@@ -66,22 +66,6 @@ def test_a_silent_expert_behind_an_ordinary_load_is_found(tiny_model):
     assert (alarm["layer"], alarm["experts"]) == (1, [busiest])
     assert report["norms"][1][busiest] == 0
     assert report["worst"][0] == 1
-
-
-def test_drift_from_itself_is_none_and_from_another_is_some(tiny_model):
-    seen = look(tiny_model("olmoe"), ROWS, quiet)
-    same = drift(seen, look(tiny_model("olmoe"), ROWS, quiet), "base")
-    assert same == {"reference": "base", "overlap": [1.0, 1.0], "divergence": [0.0, 0.0]}
-    other = drift(seen, look(tiny_model("olmoe", seed=7), ROWS, quiet), "base")
-    assert all(0 < value < 0.8 for value in other["overlap"])
-    assert all(0 < value < 1 for value in other["divergence"])
-
-
-def test_drift_needs_models_of_the_same_make(tiny_model):
-    seen = look(tiny_model("olmoe"), ROWS, quiet)
-    fewer = look(tiny_model("olmoe", num_experts=4), ROWS, quiet)
-    with pytest.raises(ExpertlyError, match=r"E305.*2 MoE layers of 4 experts, the model 2 .* 8"):
-        drift(seen, fewer, "base")
 
 
 def test_a_dense_model_has_no_routers(tiny_sizes):

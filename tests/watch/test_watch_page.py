@@ -129,6 +129,14 @@ def test_the_tables_of_layers_are_the_reports(seen, report):
     assert len(cells) == 3 * (7 + 1 + 2)
 
 
+def test_the_drift_of_domains_is_told(seen, report):
+    texts = [text for table, *_, text in seen.found["cells"] if table == "drift-domains"]
+    names = report["drift"]["domains"]
+    assert len(texts) == 5 * len(names)
+    assert texts[:5] == ["2.500 \u2192 2.250", "-0.250", "90.0%", "0.0200", "0.310 \u2192 0.350"]
+    assert texts[6] == "+0.750"
+
+
 def test_the_heat_map_reads_out_every_step_from_the_keyboard(seen, report):
     load, at = report["load"], seen.found["at"]
 

@@ -8,8 +8,10 @@ from expertly import __version__
 from expertly.cli.compare import compare
 from expertly.cli.demo import demo
 from expertly.cli.doctor import doctor
+from expertly.cli.finetune import finetune
 from expertly.cli.generate import generate
 from expertly.cli.inspect import inspect
+from expertly.cli.merge import merge
 from expertly.cli.plan import plan
 from expertly.cli.train import train
 from expertly.cli.upcycle import upcycle
@@ -22,7 +24,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, plan, train, upcycle, watch, compare, generate, inspect, doctor):
+for verb in (
+    demo,
+    plan,
+    train,
+    upcycle,
+    finetune,
+    merge,
+    watch,
+    compare,
+    generate,
+    inspect,
+    doctor,
+):
     app.command()(verb)
 
 

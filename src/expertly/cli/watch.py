@@ -1,6 +1,7 @@
 """expertly watch: are the experts alive? A table, and a page to look at."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -71,19 +72,23 @@ def _newest(run: Path, data: list[str] | None, reference: Path | None) -> Path:
 
 def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -> dict[str, Any]:
     """The report of a model folder, and how it differs from another on the same text."""
+    from functools import partial
+
     from expertly.data.config import Source
     from expertly.data.sample import sample_rows
+    from expertly.models.adapter_files import base_of
     from expertly.models.configs import read_config
     from expertly.models.loading import open_model
     from expertly.models.packed_loading import choose_device
     from expertly.models.tokenizer import encode_batch, open_tokenizer
-    from expertly.watch.audit import audit, drift, look
+    from expertly.watch.audit import Text, audit, look
+    from expertly.watch.drift import drift_report
     from expertly.watch.records import finite
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
-    config, tokenizer = read_config(folder), open_tokenizer(folder)
+    config, tokenizer = read_config(base_of(folder)), open_tokenizer(folder)
     longest = config.get("max_position_embeddings") or 512  # null is allowed
     rows = sample_rows(
         [Source(path=path) for path in data],
@@ -93,15 +98,18 @@ def _audit(folder: Path, data: list[str], reference: Path | None, tokens: int) -
         sequence_length=min(512, longest),
     )
     for each in filter(None, (folder, reference)):
-        _check_vocabulary(each, max(int(ids.max()) for ids in rows.values()))
-    seen = look(open_model(folder, device=choose_device(folder)), rows, say)
+        _check_vocabulary(base_of(each), max(int(ids.max()) for ids in rows.values()))
+    texts = {domain: Text(ids) for domain, ids in rows.items()}
+    opens = [
+        partial(open_model, each, device=choose_device(base_of(each)))
+        for each in (folder, reference)
+        if each is not None
+    ]
     resolved = folder.resolve()
-    report = audit(f"{resolved.parent.name}/{resolved.name}", config, seen)
-    if reference is not None:
-        say(f"reference {reference}")
-        other = look(open_model(reference, device=choose_device(reference)), rows, say)
-        report["drift"] = drift(seen, other, reference.name)
-    return finite(report)
+    title = f"{resolved.parent.name}/{resolved.name}"
+    if reference is None:
+        return finite(audit(title, config, look(opens[0](), texts, say)))
+    return drift_report(title, config, texts, (opens[0], opens[1]), reference.name, say)
 
 
 def _check_vocabulary(folder: Path, highest: int) -> None:
@@ -116,7 +124,7 @@ def _check_vocabulary(folder: Path, highest: int) -> None:
 
 
 def _text(report: dict[str, Any]) -> str:
-    """The report for a terminal: the numbers, the worst layers, what to do about each alarm."""
+    """The report for a terminal: numbers, drift, the worst layers, what to do about each alarm."""
     from expertly.watch.report import readings, spread
 
     rows = [["router", "now", "healthy"], *map(list, readings(report["summary"]))]
@@ -125,7 +133,30 @@ def _text(report: dict[str, Any]) -> str:
     bars = [
         f"{report['names'][layer].ljust(width)}  {spread(last[layer], even=1)}" for layer in worst
     ]
+    drift = [drift_table(report["drift"]), ""] if report["drift"] else []
     title = "load of each expert, the worst layer first (half height is an even share)"
     open_alarms = [alarm for alarm in report["alarms"] if alarm["cleared"] is None]
     lines = [f"alarm: {alarm['what']}\n       {alarm['advice']}" for alarm in open_alarms]
-    return "\n".join([table(rows), "", title, *bars, "", *(lines or ["no alarm is open"])])
+    return "\n".join([table(rows), "", *drift, title, *bars, "", *(lines or ["no alarm is open"])])
+
+
+def drift_table(drift: dict[str, Any]) -> str:
+    """Domain by domain, the reference's figure and the model's."""
+    head = [
+        f"from {drift['reference']}",
+        "loss",
+        "change",
+        "same experts",
+        "load moved",
+        "confidence",
+    ]
+    return table([head, *(_drifted(name, of) for name, of in drift["domains"].items())])
+
+
+def _drifted(name: str, of: dict[str, Any]) -> list[str]:
+    before, now = of["loss"]
+    known = before is not None and now is not None
+    loss = [f"{before:.3f} \u2192 {now:.3f}", f"{now - before:+.3f}"] if known else ["-", "-"]
+    alike, moved = fmean(of["overlap"]), fmean(of["divergence"])
+    first, second = of["confidence"]
+    return [name, *loss, f"{alike:.1%}", f"{moved:.4f}", f"{first:.3f} \u2192 {second:.3f}"]

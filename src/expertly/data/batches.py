@@ -1,12 +1,13 @@
 """Batches: rows of packed tokens, drawn from the domains in an order that can be resumed.
 
-A row is `sequence_length` tokens of one domain's stream; documents share rows, divided by
-end-of-text and by no mask. Last step of this room: what comes out goes to the model.
+What a row is, its domain says: `sequence_length` tokens of one stream, where documents are divided
+by end-of-text and by no mask (cache.py), or examples that are kept apart (packing.py). Last step of
+this room: what comes out goes to the model.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,36 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor  # (batch, seq) int64
     domains: torch.Tensor  # (batch,) int64, index into the token sets
     attention_mask: torch.Tensor | None = None  # (batch, seq) int64; None: nothing is padded
+    # of rows whose examples are kept apart, where a token at position 0 is the first of one, or
+    # behind the last one padding
+    learnt: torch.Tensor | None = None  # (batch, seq) bool, what the model learns to write
+    position_ids: torch.Tensor | None = None  # (batch, seq) int64
+
+
+class Rows(Protocol):
+    """A domain to train on."""
+
+    @property
+    def domain(self) -> str:
+        """Its name."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of what is trained on."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is."""
+
+    @property
+    def size(self) -> int:
+        """Tokens to train on."""
+
+    def count(self, length: int) -> int:
+        """How many rows of so many tokens there are. Raises E303 when there is none."""
+
+    def row(self, place: int, length: int) -> tuple[np.ndarray, ...]:
+        """One of them: its tokens (seq,), and where examples are kept apart learnt and positions"""
 
 
 class Batches(Iterator[Batch]):
@@ -32,7 +63,7 @@ class Batches(Iterator[Batch]):
 
     def __init__(
         self,
-        token_sets: Sequence[TokenSet],
+        token_sets: Sequence[Rows],
         weights: Mapping[str, float] | None = None,
         *,
         batch_size: int,
@@ -48,7 +79,7 @@ class Batches(Iterator[Batch]):
             fix = "add a source without eval"
             raise ExpertlyError("E303", "data.sources", "nothing to train on", fix=fix)
         self._batch_size, self._length, self._seed = batch_size, sequence_length, seed
-        self._rows = {index: _rows(each, sequence_length) for index, each in self._sets.items()}
+        self._rows = {index: each.count(sequence_length) for index, each in self._sets.items()}
         self._weights = _shares(self._sets, weights)
         self._drawn = dict.fromkeys(self._sets, 0)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
@@ -56,9 +87,12 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         """The next `batch_size` rows."""
         drawn = [self._draw() for _ in range(self._batch_size)]
-        input_ids = np.stack([tokens for _, tokens in drawn]).astype(np.int64)  # (batch, seq)
-        domains = torch.tensor([index for index, _ in drawn])
-        return Batch(torch.from_numpy(input_ids), domains)
+        return batch_of([row for _, row in drawn], [index for index, _ in drawn])
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The rows that all domains have together."""
+        return sum(self._rows.values())
 
     @property
     def drawn(self) -> int:
@@ -88,15 +122,15 @@ class Batches(Iterator[Batch]):
             "shares": {each.domain: self._weights[index] for index, each in sets},
         }
 
-    def _draw(self) -> tuple[int, np.ndarray]:
-        """The next row: the index of its domain and its tokens (seq,)."""
+    def _draw(self) -> tuple[int, tuple[np.ndarray, ...]]:
+        """The next row: the index of its domain and its arrays (seq,)."""
         index = self._next_domain()
         epoch, place = divmod(self._drawn[index], self._rows[index])
         if self._orders.get(index, (-1,))[0] != epoch:
             self._orders[index] = (epoch, self._permutation(index, epoch))
-        start = int(self._orders[index][1][place]) * self._length
+        row = self._sets[index].row(int(self._orders[index][1][place]), self._length)
         self._drawn[index] += 1
-        return index, self._sets[index].train[start : start + self._length]
+        return index, row
 
     def _next_domain(self) -> int:
         """Of the domains behind their share, the one whose next row is due first.
@@ -117,22 +151,47 @@ class Batches(Iterator[Batch]):
         return np.argsort(bits, kind="stable")
 
 
-def _rows(token_set: TokenSet, sequence_length: int) -> int:
-    rows = token_set.train.size // sequence_length
-    if rows:
-        return rows
-    why = f"{token_set.train.size} training tokens are less than a row of {sequence_length}"
-    fix = "add text or set a shorter data.sequence_length"
-    if token_set.held_out.size >= sequence_length:
-        why = f"{why}, {token_set.held_out.size} are held out"
-        fix = "add documents, or set data.eval_fraction: 0 and name an eval source"
-    raise ExpertlyError("E303", f"domain {token_set.domain}", why, fix=fix)
+def next_tokens(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    learnt: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What each token (batch, seq) is to be followed by, -100 where nothing is asked.
+
+    Nothing is at a row's end, where either token is padding, and where the next is not to be
+    learnt or begins another text.
+    """
+    labels = input_ids.roll(-1, dims=1)
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        labels = labels.where(mask & mask.roll(-1, dims=1), -100)
+    if learnt is not None:
+        labels = labels.where(learnt.roll(-1, dims=1), -100)
+    if position_ids is not None:
+        labels = labels.where(position_ids.roll(-1, dims=1) != 0, -100)
+    labels[:, -1] = -100
+    return labels
 
 
-def _shares(sets: Mapping[int, TokenSet], weights: Mapping[str, float] | None) -> dict[int, float]:
+def batch_of(rows: Sequence[tuple[np.ndarray, ...]], domains: Sequence[int]) -> Batch:
+    """Rows side by side; each is its tokens, and where examples are kept apart learnt, positions.
+
+    Of the latter, columns at the end that hold padding alone are cut off.
+    """
+    ids, *apart = (torch.from_numpy(np.stack(each)) for each in zip(*rows, strict=True))
+    if not apart:
+        return Batch(ids.long(), torch.tensor(domains))
+    learnt, places = apart
+    used = int(places.amax(dim=0).nonzero().max()) + 1  # an example has two tokens at least
+    parts = (learnt[:, :used], places[:, :used])
+    return Batch(ids[:, :used].long(), torch.tensor(domains), None, *parts)
+
+
+def _shares(sets: Mapping[int, Rows], weights: Mapping[str, float] | None) -> dict[int, float]:
     """Each domain's share of the rows; they sum to 1."""
     if weights is None:
-        weights = {each.domain: each.train.size for each in sets.values()}
+        weights = {each.domain: each.size for each in sets.values()}
     for each in sets.values():
         if not weights.get(each.domain, 0.0) > 0:
             fix = "give every training source a weight above 0, or none of them"

@@ -64,6 +64,26 @@ class TokenSet(NamedTuple):
     trains: bool = True  # False when all of its sources are `eval`
     held_out_digest: str = ""  # sha256 of the held-out tokens
 
+    @property
+    def size(self) -> int:
+        """Tokens to train on."""
+        return self.train.size
+
+    def count(self, length: int) -> int:
+        """How many rows of so many tokens there are to train on. Raises E303 for none."""
+        if rows := self.train.size // length:
+            return rows
+        why = f"{self.train.size} training tokens are less than a row of {length}"
+        fix = "add text or set a shorter data.sequence_length"
+        if self.held_out.size >= length:
+            why = f"{why}, {self.held_out.size} are held out"
+            fix = "add documents, or set data.eval_fraction: 0 and name an eval source"
+        raise ExpertlyError("E303", f"domain {self.domain}", why, fix=fix)
+
+    def row(self, place: int, length: int) -> tuple[np.ndarray, ...]:
+        """The tokens (seq,) of one of them."""
+        return (self.train[place * length : (place + 1) * length],)
+
 
 def token_sets(
     sources: Iterable[Source],

@@ -33,6 +33,8 @@ class DataConfig:
     eval_tokens: int = 65536  # at most, per domain and evaluation
     skip_bad: bool = False  # leave unreadable rows out, and count them, instead of stopping
     cache_dir: str = ""  # of token files; "": $XDG_CACHE_HOME/expertly/tokens
+    conversations: bool = False  # rows are dialogues or texts of their own, kept apart
+    chat_template: str = ""  # a Jinja file; "": the tokenizer's own
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that cannot be, as (leaf, why)."""

@@ -48,9 +48,9 @@ def find_files(path: str) -> list[File]:
     itself ends so; in a folder it may be anything. Raises E303 when nothing is there.
     """
     root = Path(path).expanduser()
-    if root.is_dir():
+    if os.path.isdir(root):  # not Path.is_dir, which raises for a name that is too long
         found, base = list(walk(root)), root
-    elif root.is_file():
+    elif os.path.isfile(root):
         found, base = [root], root.parent
     elif glob.has_magic(path):
         names = glob.glob(str(root), recursive=True)
@@ -110,21 +110,30 @@ def decode(file: File, skip: Skip) -> str:
 
 def read_lines(file: File, column: str, skip: Skip) -> Iterator[Row]:
     """One document per JSON line, or an E304 with file:line for a line that has no text."""
+    for number, found in json_lines(file, f'{{"{column}": "..."}}'):
+        if isinstance(found, ExpertlyError):
+            yield found
+        elif column not in found:
+            yield missing_column(f"{file.path}:{number}", column, list(found))
+        else:
+            yield from rows([found[column]], file.id, str(file.path), first=number)
+
+
+def json_lines(file: File, example: str) -> Iterator[tuple[int, dict | ExpertlyError]]:
+    """Each line's number and object, or the E304 for one that is none; blank lines are left out.
+
+    example: of an object, for the advice.
+    """
     number = 0
     try:
         with file.path.open("rb") as stream:
             for number, line in enumerate(_lines(stream), start=1):
-                where = f"{file.path}:{number}"
-                try:
-                    text = _text_in_line(line, column, where) if line.strip() else " "
-                except ExpertlyError as error:
-                    yield error
-                else:
-                    yield from rows([text], file.id, str(file.path), first=number)
+                if line.strip():
+                    yield number, _object_in(line, example, f"{file.path}:{number}")
     except OSError as error:
         raise unreadable(file.path, error) from error
     if not number:
-        yield ExpertlyError("E304", f"{file.path}:1", "is empty", fix="leave the file out")
+        yield 1, ExpertlyError("E304", f"{file.path}:1", "is empty", fix="leave the file out")
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -136,22 +145,19 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _text_in_line(line: bytes, column: str, where: str) -> object:
+def _object_in(line: bytes, example: str, where: str) -> dict | ExpertlyError:
     if len(line.rstrip(b"\n")) > _LONGEST_LINE:
         why = f"is longer than {_LONGEST_LINE // 2**20} MiB"
-        raise ExpertlyError("E304", where, why, fix="divide it, or leave the file out")
+        return ExpertlyError("E304", where, why, fix="divide it, or leave the file out")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        why = f"is not JSON ({error})"
         fix = "write one JSON object per line, or leave the file out"
-        raise ExpertlyError("E304", where, why, fix=fix) from error
-    if not isinstance(row, dict):
-        fix = f'write one object such as {{"{column}": "..."}} per line'
-        raise ExpertlyError("E304", where, "is not a JSON object", fix=fix)
-    if column not in row:
-        raise missing_column(where, column, list(row))
-    return row[column]
+        return ExpertlyError("E304", where, f"is not JSON ({error})", fix=fix)
+    if isinstance(row, dict):
+        return row
+    fix = f"write one object such as {example} per line"
+    return ExpertlyError("E304", where, "is not a JSON object", fix=fix)
 
 
 def read_parquet(file: File, column: str, skip: Skip) -> Iterator[Row]:

@@ -23,8 +23,11 @@ def split_name(path: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), parts[2]
 
 
-def load(source: Source) -> "Dataset":
-    """The source's split. Raises E303 when missing or out of reach, E304 without the column."""
+def load(source: Source, *, require: bool = True) -> "Dataset":
+    """The source's split. Raises E303 when missing or out of reach, E304 without the column.
+
+    require: whether the source's column must be there.
+    """
     import datasets
 
     name, config = split_name(source.path)
@@ -38,7 +41,7 @@ def load(source: Source) -> "Dataset":
         why = " ".join(str(error).split()) or type(error).__name__
         fix = "correct name, config or split, or download it first and name its folder"
         raise ExpertlyError("E303", source.path, why, fix=fix) from error
-    if source.column not in table.column_names:
+    if require and source.column not in table.column_names:
         raise missing_column(source.path, source.column, table.column_names)
     return table
 

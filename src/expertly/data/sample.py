@@ -15,6 +15,7 @@ from expertly.errors import ExpertlyError
 _BYTES_PER_TOKEN = 16  # of text for a token: twice what the sparsest tokenizers need
 _PIECE = 2048  # characters, so that a few tokens come from many documents
 _READ = 8 * 2**20  # characters of a domain at most, however large it is
+_PASSED = 128 * 2**20  # and of its other documents, where held-out ones are one in twenty
 
 
 def sample_rows(
@@ -49,11 +50,12 @@ def sample_rows(
 
 def _pieces(sources: Sequence[Source], held_out: bool | None) -> Iterator[str]:
     """The beginning of a domain's text, piece by piece."""
-    read = 0
+    read = passed = 0
     for document, out in split_documents(sources, DataConfig.eval_fraction, lambda *_: None):
         if held_out is not None and out != held_out:
-            continue
-        yield from pieces(document.text, _PIECE)
-        read += len(document.text)
-        if read > _READ:
+            passed += len(document.text)
+        else:
+            yield from pieces(document.text, _PIECE)
+            read += len(document.text)
+        if read > _READ or passed > _PASSED:
             return

@@ -4,6 +4,7 @@ Everything that reads text passes here, so that tokenizer and model agree on wha
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from glob import has_magic
@@ -87,10 +88,10 @@ def default_domain(path: str) -> str:
     if path.startswith(hub.PREFIX):
         return hub.split_name(path)[0].rstrip("/").rpartition("/")[2]
     root = Path(path).expanduser()
-    if has_magic(path) and not root.exists():
+    if has_magic(path) and not os.path.exists(root):
         root = glob_base(root)
     root = root.resolve()
-    return root.name if root.is_dir() else root.stem
+    return root.name if os.path.isdir(root) else root.stem
 
 
 def by_domain(sources: Iterable[Source]) -> dict[str, list[Source]]:

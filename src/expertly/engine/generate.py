@@ -39,10 +39,13 @@ def generate_ids(model: Any, prompt: list[int], sampling: Sampling) -> list[int]
 
 
 @torch.inference_mode()
-def stream_ids(model: Any, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+def stream_ids(
+    model: Any, prompt: list[int], sampling: Sampling, ends: frozenset[int] = frozenset()
+) -> Iterator[int]:
     """The same ids, each as soon as it is chosen; the end of text is the last.
 
-    The seed settles them, and torch's own generator is not touched. Greedy ones are transformers'
+    ends: tokens that end it besides those of the model's generation_config. The seed settles them,
+    and torch's own generator is not touched. Greedy ones are transformers'
     generate(do_sample=False)'s. Raises E202 for a prompt without tokens and for settings that say
     nothing.
     """
@@ -50,7 +53,7 @@ def stream_ids(model: Any, prompt: list[int], sampling: Sampling) -> Iterator[in
     if not prompt:
         raise ExpertlyError("E202", "prompt", "it has no tokens", fix="write at least one")
     said = model.generation_config
-    ends, penalty = _ends(said), said.repetition_penalty or 1.0
+    ends, penalty = ends | _ends(said), said.repetition_penalty or 1.0
     _tell_unused(said)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(sampling.seed)

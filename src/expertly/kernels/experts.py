@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expertly.kernels.gate import apply_gate
 from expertly.kernels.grouped import combine, dispatch, grouped_linear, sort_by_expert
+from expertly.kernels.low_rank import low_rank_linear, low_rank_of
 from expertly.kernels.packed_experts import packed_experts_forward
 from expertly.kernels.packed_linear import compute_dtype
 
@@ -23,7 +24,7 @@ def experts_forward(
 
     hidden_states: (tokens, dim); top_k_index, top_k_weights: (tokens, top_k). Under autocast the
     weights are cast to its dtype, as torch does for dense layers. Experts that hold packed weights
-    in a submodule `packed` run on those.
+    in a submodule `packed` run on those. Low-rank terms beside the weights are added.
     """
     packed = getattr(experts, "packed", None)
     if packed is not None:
@@ -41,9 +42,11 @@ def experts_forward(
 
 
 def _linear(experts: Any, name: str, x: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """One of the module's stacked projections, with its bias where it has one."""
+    """One of the module's stacked projections, with its low-rank term and bias where it has any."""
     weight = getattr(experts, name).to(dtype)
     out = grouped_linear(x, weight.mT if experts.is_transposed else weight, counts)
+    if (term := low_rank_of(experts, name)) is not None:
+        out = out + low_rank_linear(x, term, counts)
     if not experts.has_bias:
         return out
     bias = getattr(experts, f"{name}_bias").to(dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from expertly.errors import ExpertlyError
 from expertly.kernels.gate import apply_gate, is_hooked
 from expertly.kernels.grouped import Order, combine, dispatch, sort_by_expert
+from expertly.kernels.low_rank import low_rank_linear, low_rank_of
 from expertly.kernels.native import Gate
 from expertly.kernels.packed import BLOCK, PackedWeight, empty_packed
 from expertly.kernels.packed_linear import (
@@ -236,11 +237,12 @@ def packed_experts_forward(
 
     hidden_states: (tokens, dim); top_k_index, top_k_weights: (tokens, top_k). Ids beyond the
     experts, as expert parallelism passes, and weights of 0 are skipped. Differentiable by
-    hidden_states and top_k_weights.
+    hidden_states, top_k_weights and the module's low-rank terms.
     """
     x = hidden_states.to(compute_dtype(hidden_states))
     native, asked = native_for(x), x.requires_grad or top_k_weights.requires_grad
-    gate = None if native is None or (asked and torch.is_grad_enabled()) else known_gate(experts)
+    apart = hasattr(experts, "low_rank") or (asked and torch.is_grad_enabled())
+    gate = None if native is None or apart else known_gate(experts)
     if native is None or gate is None:
         out = _one_by_one(experts, packed, x, top_k_index, top_k_weights)
     else:
@@ -257,9 +259,15 @@ def _one_by_one(
     counts = order.counts[:-1]
     kept = int(counts.sum())
     x = dispatch(x, order)[:kept]
-    inner = grouped_packed_linear(x, packed.gate_up, packed.gate_up_bias, counts)
-    inner = _own_gate(experts, packed, inner)
-    out = grouped_packed_linear(inner, packed.down, packed.down_bias, counts)
+    exact = packed.training
+    inner = grouped_packed_linear(x, packed.gate_up, packed.gate_up_bias, counts, exact=exact)
+    up = low_rank_of(experts, "gate_up_proj" if packed.gated else "up_proj")
+    inner = _own_gate(
+        experts, packed, inner, None if up is None else low_rank_linear(x, up, counts)
+    )
+    out = grouped_packed_linear(inner, packed.down, packed.down_bias, counts, exact=exact)
+    if (down := low_rank_of(experts, "down_proj")) is not None:
+        out = out + low_rank_linear(inner[:, : packed.hidden], down, counts)
     if experts.has_post_expert_norm:
         out = experts.post_expert_norm(out)
     out = F.pad(out, (0, 0, 0, len(order.packed) - kept))
@@ -274,13 +282,18 @@ def _order(index: Tensor, weights: Tensor, num_experts: int) -> Order:
     return sort_by_expert(index.masked_fill(dropped, num_experts), num_experts + 1)
 
 
-def _own_gate(experts: Any, packed: PackedExperts, inner: Tensor) -> Tensor:
-    """The module's own gate, given and taken in its own layout and without padding."""
+def _own_gate(experts: Any, packed: PackedExperts, inner: Tensor, term: Tensor | None) -> Tensor:
+    """The module's own gate, given and taken in its own layout and without padding.
+
+    term: what is added before it, (assignments, out) in that layout.
+    """
     padding = packed.down.shape[-1] - packed.hidden
     if packed.gated:
         pair = inner.unflatten(-1, (2, -1))[..., : packed.hidden]
-        mixed = pair if experts.is_concatenated else pair.mT
-        inner = apply_gate(experts, mixed.flatten(-2))
+        inner = (pair if experts.is_concatenated else pair.mT).flatten(-2)
     else:
-        inner = experts.act_fn(inner[..., : packed.hidden])
+        inner = inner[..., : packed.hidden]
+    if term is not None:
+        inner = inner + term
+    inner = apply_gate(experts, inner) if packed.gated else experts.act_fn(inner)
     return F.pad(inner, (0, padding)) if padding else inner

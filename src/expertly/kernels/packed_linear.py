@@ -16,6 +16,8 @@ from expertly.errors import ExpertlyError
 from expertly.kernels.native import Library, library
 from expertly.kernels.packed import PackedWeight, dequantize_rows, row_chunks
 
+_CHUNK = 32  # inputs that the kernels give one scale
+
 
 class PackedModule(nn.Module):
     """A module whose packed weights keep their bits when the model is cast to another dtype."""
@@ -60,7 +62,7 @@ class PackedLinear(PackedModule):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.weight, self.bias)
+        return packed_linear(x, self.weight, self.bias, exact=self.training)
 
     def extra_repr(self) -> str:
         weight = self.weight
@@ -68,33 +70,43 @@ class PackedLinear(PackedModule):
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits}"
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x (.., in) times a packed matrix (out, in)^T, plus a float32 bias (out,): (.., out)."""
-    return packed_linears(x, [weight], [bias])[0]
+def packed_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, exact: bool = False
+) -> Tensor:
+    """x (.., in) times a packed matrix (out, in)^T, plus a float32 bias (out,): (.., out).
+
+    exact: as in packed_linears.
+    """
+    return packed_linears(x, [weight], [bias], exact=exact)[0]
 
 
 def packed_linears(
-    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Tensor | None],
+    *,
+    exact: bool = False,
 ) -> list[Tensor]:
     """Several linears of one input, which is then quantised once: (.., in) to (.., out) each.
 
+    exact: take what rounding x to 8 bits leaves into a second product, as training does.
     Differentiable by x and the biases. Under autocast in its dtype, as torch's linear.
     """
     x = x.to(compute_dtype(x))
     if torch.is_grad_enabled() and _asks_gradient(x, biases):
-        return list(_PackedLinears.apply(x, weights, *biases))
-    return _linears(x, weights, biases)
+        return list(_PackedLinears.apply(x, weights, exact, *biases))
+    return _linears(x, weights, biases, exact=exact)
 
 
 def grouped_packed_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, counts: Tensor
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, counts: Tensor, *, exact: bool = False
 ) -> Tensor:
     """Each expert's rows of x (assignments, in) times its packed weight: (assignments, out).
 
-    bias: (experts, out) float32; counts: (experts,) int64 rows of each expert, in order.
-    Differentiable by x.
+    bias: (experts, out) float32; counts: (experts,) int64 rows of each expert, in order. exact: as
+    in packed_linears. Differentiable by x.
     """
-    return _GroupedPackedLinear.apply(x, weight, bias, counts)
+    return _GroupedPackedLinear.apply(x, weight, bias, counts, exact)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -122,10 +134,14 @@ def _asks_gradient(x: Tensor, biases: Sequence[Tensor | None]) -> bool:
 class _PackedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Sequence[PackedWeight], *biases: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weights: Sequence[PackedWeight],
+        exact: bool,
+        *biases: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.weights, ctx.x = weights, Like(x.shape, x.dtype)
-        return tuple(_linears(x, weights, biases))
+        return tuple(_linears(x, weights, biases, exact=exact))
 
     @staticmethod
     @once_differentiable
@@ -136,9 +152,9 @@ class _PackedLinears(torch.autograd.Function):
             parts = zip(flat, ctx.weights, strict=True)
             total = sum(_matmul_back(grad, weight, 0) for grad, weight in parts)
             grad_x = total.view(ctx.x.shape).to(ctx.x.dtype)  # type: ignore[union-attr]
-        asked = ctx.needs_input_grad[2:]
+        asked = ctx.needs_input_grad[3:]
         biases = [g.sum(0).float() if a else None for g, a in zip(flat, asked, strict=True)]
-        return grad_x, None, *biases
+        return grad_x, None, None, *biases
 
 
 class Like(NamedTuple):
@@ -151,12 +167,21 @@ class Like(NamedTuple):
 class _GroupedPackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, counts: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        counts: Tensor,
+        exact: bool,
     ) -> Tensor:
         ctx.weight, ctx.counts = weight, counts
         native = native_for(x)
         if native is not None:
-            return native.grouped_linear(weight, bias, readable(x), counts).to(x.dtype)
+            first, *rest = _terms(readable(x), exact and weight.bits < 16)
+            out = native.grouped_linear(weight, bias, first, counts)
+            for term in rest:
+                out += native.grouped_linear(weight, None, term, counts)
+            return out.to(x.dtype)
         out = x.new_empty(len(x), weight.shape[-2])
         for expert, rows in _groups(counts):
             out[rows] = _matmul(x[rows], weight, expert, None if bias is None else bias[expert])
@@ -164,20 +189,40 @@ class _GroupedPackedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad_x = grad.new_empty(len(grad), ctx.weight.shape[-1])
         for expert, rows in _groups(ctx.counts):
             grad_x[rows] = _matmul_back(grad[rows], ctx.weight, expert)
-        return grad_x, None, None, None
+        return grad_x, None, None, None, None
+
+
+def _terms(x: Tensor, exact: bool) -> list[Tensor]:
+    """x, or in two terms: what the kernels round it to, 32 numbers at a time, and the rest."""
+    if not exact:
+        return [x]
+    chunks = x.float().unflatten(-1, (-1, _CHUNK))
+    top = chunks.abs().amax(dim=-1, keepdim=True)
+    levels = (chunks * torch.where(top > 1e-30, top.new_tensor(127.0) / top, 0)).round_()
+    rounded = (levels * (top / 127)).flatten(-2)
+    return [rounded, x.float() - rounded]
 
 
 def _linears(
-    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Tensor | None],
+    *,
+    exact: bool = False,
 ) -> list[Tensor]:
     native = native_for(x)
     if native is not None:
-        outs = native.linears(weights, biases, readable(x))
-        return [out.half() for out in outs] if x.dtype == torch.float16 else outs
+        rounds = any(weight.bits < 16 for weight in weights)
+        first, *rest = _terms(readable(x), exact and rounds)
+        outs = native.linears(weights, biases, first)
+        for term in rest:
+            more = native.linears(weights, [None] * len(weights), term)
+            outs = [one.add_(other) for one, other in zip(outs, more, strict=True)]
+        return [out.to(x.dtype) for out in outs]
     flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     pairs = zip(weights, biases, strict=True)
     outs = [_matmul(flat, weight, 0, bias) for weight, bias in pairs]

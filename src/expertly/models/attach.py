@@ -268,7 +268,8 @@ def tokens_of(
 ) -> Tokens:
     """Which flat tokens are valid and which sequence they belong to, from a forward's arguments.
 
-    A row is a sequence; position_ids (batch, seq) that start again at 0 within a row begin another.
+    A row is a sequence; position_ids (batch, seq) that start again at 0 within a row begin another,
+    and where none follows at 1, the token is padding behind packed sequences.
     """
     like = input_ids if input_ids is not None else inputs_embeds
     if like is None:
@@ -280,5 +281,9 @@ def tokens_of(
     starts = torch.zeros(batch, seq, dtype=torch.bool, device=like.device)
     if position_ids is not None and position_ids.shape == starts.shape:
         starts = position_ids == 0
+        alone = starts.clone()
+        alone[:, :-1] &= position_ids[:, 1:] != 1
+        alone[:, 0] = False  # as the first token of all is in decoding
+        valid = valid & ~alone
     starts[:, 0] = True
     return Tokens(valid.flatten(), starts.flatten().cumsum(0) - 1)

@@ -48,6 +48,7 @@ _REAL = {
 # of the scales and frequencies that rope_parameters hold besides those above
 _ROPE = (0.0, 1e12)
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
+_ADAPTER = "adapter_config.json"  # PEFT's, in a folder without a model
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         why = "no config.json in it" if folder.is_dir() else "no such folder"
+        why = "it holds an adapter, and no model" if (folder / _ADAPTER).is_file() else why
         raise ExpertlyError("E305", str(folder), why, fix=_name_instead(folder))
     return read_config_file(file)
 
@@ -102,7 +104,10 @@ def _name_instead(folder: Path) -> str:
     name = folder.as_posix()
     if not folder.parent.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return f"hf download {name} --local-dir DIR, then name DIR"
-    saved = [path for path in checkpoints(folder) if (path / "config.json").is_file()]
+    if (folder / _ADAPTER).is_file():
+        return "name its base, or make a model of both with expertly merge"
+    kinds = ("config.json", _ADAPTER)
+    saved = [path for path in checkpoints(folder) if any((path / kind).is_file() for kind in kinds)]
     if saved:
         return f"name {saved[-1]}"
     return "name a Hugging Face model folder"

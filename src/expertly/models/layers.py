@@ -29,7 +29,7 @@ def moe_layers(model: PreTrainedModel) -> list[MoeLayer]:
     config = model.config.to_dict()
     row, num_experts = require_family(config), sizes(config).num_experts
     found = [
-        MoeLayer(name, num_experts, block, getattr(block, row.router), block.experts)
+        MoeLayer(name, num_experts, block, bare(getattr(block, row.router)), bare(block.experts))
         for name, block in model.named_modules()
         if hasattr(block, "experts")
         and hasattr(block, row.router)
@@ -39,6 +39,13 @@ def moe_layers(model: PreTrainedModel) -> list[MoeLayer]:
         why = "no MoE layer in it"
         raise ExpertlyError("E305", type(model).__name__, why, fix="open an MoE checkpoint")
     return found
+
+
+def bare(module: Any) -> Any:
+    """The family's own module inside what PEFT may have put around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def own_policy(config: Mapping[str, Any]) -> Policy:

@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from expertly.errors import ExpertlyError, nearest
 from expertly.families import FAMILIES
 from expertly.folders import read_json, write_json
+from expertly.models.adapter_files import base_of, load_adapter
 from expertly.models.attach import Attachment, attached
 from expertly.models.build import auto_class
 from expertly.models.checks import check_finite, check_loaded, opening, quiet
@@ -64,15 +65,17 @@ def open_model(
 ) -> PreTrainedModel:
     """Open a model folder, with the routing policy that was saved with it attached.
 
-    Experts run on our function unless another of transformers' implementations is named. verify:
-    check every sha256 of its manifest first, where it has one. bits: pack the weights while they
-    load, 4, 8 or 16, in groups of 32 (if not said), 64 or 128; a packed folder opens packed
-    without. device: "cpu", or "cuda" where nothing is packed. Raises E305
-    when it is no model folder, E306 for an encoder-decoder or experts that cannot be packed, E310
-    for pickled weights, E301 and E302 for damaged files, E202 for options that do not fit.
+    Of an adapter's folder the base, with the adapter beside its weights. Experts run on our
+    function unless another of transformers' implementations is named. verify: check every sha256
+    of its manifest first, where it has one. bits: pack the weights while they load, 4, 8 or 16, in
+    groups of 32 (if not said), 64 or 128; a packed folder opens packed without. device: "cpu", or
+    "cuda" where nothing is packed. Raises E305 when it is no model folder, E306 for an
+    encoder-decoder or experts that cannot be packed, E310 for pickled weights, E301 and E302 for
+    damaged files, E202 for options that do not fit.
     """
+    folder, base = Path(path), base_of(Path(path))
     model = load_weights(
-        Path(path),
+        base,
         dtype=dtype,
         experts_implementation=experts_implementation,
         verify=verify,
@@ -80,10 +83,12 @@ def open_model(
         group_size=group_size,
         device=device,
     )
+    if base != folder:
+        load_adapter(model, folder, base=base)
     model.to(torch.device(device))  # type: ignore[arg-type]
-    if is_packed(model):
+    if base == folder and is_packed(model):
         make_lean(model.eval())
-    saved = read_policy(Path(path))
+    saved = read_policy(base)
     if saved is not None:
         attach_saved(model, saved)
     return model.eval()

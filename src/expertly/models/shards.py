@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -58,6 +59,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self._where: dict[str, tuple[Path, int, TensorHeader]] = {}
         read_headers(folder)  # each tensor is there once
         for file in weight_files(folder):
@@ -127,6 +129,12 @@ class Average:
 
     def __init__(self, models: Sequence[Shards]):
         self._models = models
+
+    def entry(self, name: str) -> Entry:
+        """A tensor's shape, and the least dtype that holds the numbers of every model."""
+        entries = [model.entry(name) for model in self._models]
+        dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
+        return entries[0]._replace(dtype=dtype)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, in float32."""

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from expertly.errors import ExpertlyError
+from expertly.models.adapter_files import base_of
 from expertly.models.configs import check_kinds
 from expertly.models.template import check_template
 
@@ -16,14 +17,17 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, and never any code of it.
+    """The tokenizer of a folder, and never any code of it; of an adapter without one its base's.
 
     Raises E307 when there is none or it has no end-of-text token, E311 for a chat template that
     reaches where it must not, E301 for a pipe or folder in place of a file.
     """
     path = Path(folder)
     check_kinds(path)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not _has_tokenizer(path):
+        path = base_of(path)
+        check_kinds(path)
+    if not _has_tokenizer(path):
         why = "no tokenizer in it" if path.is_dir() else "no such folder"
         fix = "name a folder with tokenizer.json, or leave it out to train one on the data"
         raise ExpertlyError("E307", str(path), why, fix=fix)
@@ -39,6 +43,10 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         fix = "set eos_token in its tokenizer_config.json"
         raise ExpertlyError("E307", str(path), "it has no end-of-text token", fix=fix)
     return tokenizer
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _check_templates(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

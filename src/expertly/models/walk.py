@@ -1,10 +1,11 @@
 """Walk a decoder layer by layer with one layer's weights in memory, in float32.
 
 The model's own forward says what each layer is called with: masks, positions, windows. So this
-holds for every decoder whose layers take the hidden states first.
+holds for every decoder whose layers take the hidden states first. Rows go through a layer one by
+one, so that what is in between is that of one row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,13 +35,13 @@ class Passed(NamedTuple):
     """What went through one layer."""
 
     layer: int
-    states: Tensor  # (tokens, dim), what its feed-forward, or router, was given
-    hidden: Tensor  # (rows, seq, dim), after it; after the last one normed, as the head sees it
+    states: Tensor  # (tokens, dim), row by row what its feed-forward, or router, was given
+    hidden: list[Tensor]  # by row (seq, dim), after it; after the last normed, as the head sees it
 
 
 @torch.no_grad()
-def walk(shape: ModelShape, weights: Weights, ids: Tensor) -> Iterator[Passed]:
-    """Pass the rows of ids (rows, seq) through a model with these weights.
+def walk(shape: ModelShape, weights: Weights, rows: Sequence[Tensor]) -> Iterator[Passed]:
+    """Pass rows of tokens, (seq,) each and of any lengths, through a model with these weights.
 
     Each layer's parameters are read when its turn comes, and let go.
     """
@@ -51,28 +52,43 @@ def walk(shape: ModelShape, weights: Weights, ids: Tensor) -> Iterator[Passed]:
     layers, calls = decoder.layers, [_Call() for _ in decoder.layers]
     decoder.layers = nn.ModuleList(calls)
     _fill(decoder.norm, weights, "model.norm")
-    hidden = _embed(decoder.embed_tokens, weights, ids)
-    decoder(inputs_embeds=hidden, use_cache=False)
+    hidden = [_embed(decoder.embed_tokens, weights, ids) for ids in rows]
+    for row in {len(row): row for row in hidden}.values():
+        decoder(inputs_embeds=row[None], use_cache=False)
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         _fill(layer, weights, f"model.layers.{index}")
-        states: list[Tensor] = []
-        handle = layer.mlp.register_forward_pre_hook(_keeper(states))
-        hidden = layer(hidden, **call.said)
-        handle.remove()
+        states = _pass(layer, call, hidden)
         layer.to("meta")
         give_back()
         last = index + 1 == len(calls)
-        yield Passed(index, states[0].flatten(0, -2), decoder.norm(hidden) if last else hidden)
+        yield Passed(index, states, [decoder.norm(row) for row in hidden] if last else [*hidden])
+        del states
 
 
 class _Call(nn.Module):
-    """Stands in for a layer, and keeps what it is called with."""
+    """Stands in for a layer, and keeps what it is called with for a row of each length."""
 
-    said: dict[str, Any]
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[int, dict[str, Any]] = {}
 
     def forward(self, hidden: Tensor, **said: Any) -> Tensor:
-        self.said = said
+        self.said[hidden.shape[1]] = said
         return hidden
+
+
+def _pass(layer: nn.Module, call: _Call, hidden: list[Tensor]) -> Tensor:
+    """Put what a layer makes of each row in its place; what its feed-forward saw, (tokens, dim)."""
+    states = torch.empty(sum(map(len, hidden)), hidden[0].shape[-1])
+    seen: list[Tensor] = []
+    handle = layer.get_submodule("mlp").register_forward_pre_hook(_keeper(seen))
+    start = 0
+    for i, row in enumerate(hidden):
+        hidden[i] = layer(row[None], **call.said[len(row)])[0]
+        states[start : start + len(row)] = seen.pop().flatten(0, -2)
+        start += len(row)
+    handle.remove()
+    return states
 
 
 def _keeper(states: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
@@ -89,7 +105,7 @@ def _fill(module: nn.Module, weights: Weights, prefix: str) -> None:
 
 
 def _embed(module: Any, weights: Weights, ids: Tensor) -> Tensor:
-    """The embeddings of ids: (rows, seq, dim); Gemma multiplies them."""
+    """The embeddings of ids (seq,): (seq, dim); Gemma multiplies them."""
     found = weights.gather("model.embed_tokens.weight", ids).float()
     return found * getattr(module, "scalar_embed_scale", 1.0)
 
@@ -110,12 +126,14 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
-def compare(hidden: list[Tensor], heads: list[Head], vocabulary: int, ids: Tensor) -> Difference:
-    """Compare two models by their last hidden states (rows, seq, dim), some words at a time.
+def compare(
+    hidden: Sequence[Sequence[Tensor]], heads: list[Head], vocabulary: int, ids: Tensor
+) -> Difference:
+    """Compare two models by their last hidden states, by row (seq, dim), some words at a time.
 
     ids: (rows, seq), the text that both have read.
     """
-    flat = [each.flatten(0, 1) for each in hidden]
+    flat = [torch.cat([*rows]) for rows in hidden]
     places = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()  # that have a next token
     words = ids[:, 1:].flatten()
     totals = torch.full((2, ids.numel()), -torch.inf)

@@ -13,7 +13,9 @@ from torch.optim import AdamW
 
 from expertly.errors import ExpertlyError
 from expertly.folders import MANIFEST, checkpoints, read_json, save_folder, verify, write_json
+from expertly.models.adapter_files import save_adapter
 from expertly.models.loading import Model, save_model
+from expertly.models.tokenizer import save_tokenizer
 from expertly.train.proof import Proof
 from expertly.train.setup import Job
 
@@ -44,13 +46,7 @@ def save_checkpoint(
     said = {name: _plain(value) for name, value in progress._asdict().items()}
 
     def write(folder: Path) -> None:
-        save_model(
-            job.model,
-            folder,
-            tokenizer=job.tokenizer,
-            attachment=job.attachment,
-            allow_non_stock=True,  # set-up has refused a policy for which that was not asked
-        )
+        _save_learnt(job, folder)
         state = folder / STATE
         state.mkdir(exist_ok=True)
         save_file(moments, state / "optimizer.safetensors")
@@ -61,9 +57,27 @@ def save_checkpoint(
             save_file(dict(alarms), state / ALARMS)
         write_json(state / "progress.json", said)
 
-    tensors = [*job.model.state_dict().values(), *moments.values()]
-    need = sum(tensor.nbytes for tensor in tensors)
+    learnt = [*job.model.state_dict().values()]
+    if job.adapted:
+        learnt = [each for each in job.model.parameters() if each.requires_grad]
+    need = sum(tensor.nbytes for tensor in (*learnt, *moments.values()))
     return save_folder(checkpoint_at(run, progress.step), write, need=need)
+
+
+def _save_learnt(job: Job, folder: Path) -> None:
+    """The model, or the adapters beside it, with the tokenizer."""
+    if job.adapted:
+        routers = job.adapted.router == "trainable"
+        save_adapter(job.model, folder, base=job.adapted.base, trained_routers=routers)
+        save_tokenizer(job.tokenizer, folder)
+        return
+    save_model(
+        job.model,
+        folder,
+        tokenizer=job.tokenizer,
+        attachment=job.attachment,
+        allow_non_stock=True,  # set-up has refused a policy for which that was not asked
+    )
 
 
 def checkpoint_at(run: Path, step: int) -> Path:

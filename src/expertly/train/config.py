@@ -27,6 +27,8 @@ class ModelConfig:
     num_shared_experts: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # any other key of the family's config
     expert_dropout: float = 0.0  # on an expert's inner activation
+    bits: int | None = None  # pack the weights of model.path while they load: 4 or 8; with lora
+    dtype: Literal["float32", "auto"] = "float32"  # auto: as the files have it; with lora
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that cannot be, as (leaf, why)."""
@@ -38,12 +40,14 @@ class ModelConfig:
             yield from ((size, "model.path fixes the sizes") for size in self.sizes())
         if self.path and self.extra:
             yield "extra", "model.path fixes the family's config"
+        if self.bits not in (None, 4, 8):
+            yield "bits", "must be 4 or 8"
         if not 0 <= self.expert_dropout < 1:
             yield "expert_dropout", "must be from 0 to below 1"
 
     def sizes(self) -> dict[str, int]:
         """The sizes that were given."""
-        others = ("path", "family", "twin", "extra", "expert_dropout")
+        others = ("path", "family", "twin", "extra", "expert_dropout", "bits", "dtype")
         named = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {k: v for k, v in named.items() if v is not None and k not in others}
 
@@ -77,6 +81,27 @@ class RouterConfig:
                 yield leaf, "must not be negative"
         if self.bias_update_rate < 0:
             yield "bias_update_rate", "must not be negative"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside weights that stand still (Hu et al. 2021, arXiv 2106.09685)."""
+
+    r: int = 0  # rank; 0: no adapters, the weights themselves learn
+    lora_alpha: float = 16.0  # the adapter's answer is scaled by lora_alpha / r
+    targets: tuple[Literal["experts", "attention", "shared_experts", "router"], ...] = (
+        "experts",
+        "attention",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that cannot be, as (leaf, why)."""
+        if self.r < 0:
+            yield "r", "must not be negative; 0 means no adapters"
+        if self.lora_alpha <= 0:
+            yield "lora_alpha", "must be above 0"
+        if not self.targets or len({*self.targets}) < len(self.targets):
+            yield "targets", "must name at least one part, and each once"
 
 
 FREEZABLE = ("experts", "attention", "all_but_router")
@@ -130,6 +155,7 @@ class ScheduleConfig:
     """How long, in which portions, and the learning rate's course."""
 
     max_steps: int = 1000
+    num_train_epochs: float = 0.0  # passes over the training rows; 0: max_steps says how long
     per_device_train_batch_size: int = 8  # rows of data.sequence_length tokens
     gradient_accumulation_steps: int = 1
     lr_scheduler_type: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -149,6 +175,8 @@ class ScheduleConfig:
         for leaf in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, leaf) < 1:
                 yield leaf, "must be at least 1"
+        if self.num_train_epochs < 0:
+            yield "num_train_epochs", "must not be negative; 0 leaves it to max_steps"
         for leaf in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, leaf) <= 1:
                 yield leaf, "must be from 0 to 1"
@@ -192,6 +220,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
     data: DataConfig
+    lora: LoraConfig = LoraConfig()
     router: RouterConfig = RouterConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -206,5 +235,33 @@ class TrainConfig:
             yield "router.on_collapse", "routers drawn anew could not learn, their rate is 0"
         if self.router.straight_through and self.optim.router_learning_rate == 0:
             yield "router.straight_through", "it is for routers that learn, and their rate is 0"
+        if self.data.conversations and not self.model.path:
+            yield "data.conversations", "they are for a model that is there: give model.path"
         if not 0 <= self.seed < 2**63:
             yield "seed", "must be from 0 to below 2^63"
+        yield from self._with_lora() if self.lora.r else self._without_lora()
+
+    def _with_lora(self) -> Iterator[tuple[str, str]]:
+        """What adapters rule out."""
+        if not self.model.path:
+            yield "lora.r", "adapters are for a model that is there: give model.path"
+        if self.optim.freeze:
+            yield "optim.freeze", "with adapters, lora.targets says what learns"
+        if self.optim.router_learning_rate is None:
+            yield "optim.router_learning_rate", "say it beside lora.r; 0 leaves routers as they are"
+        if self.optim.router_learning_rate and "router" in self.lora.targets:
+            why = "routers learn by an adapter (lora.targets) or by themselves, not both: set it 0"
+            yield "optim.router_learning_rate", why
+        if self.router.straight_through:
+            yield "router.straight_through", "it is for routers that learn beside all weights"
+        if self.router.router or self.router.top_k is not None or self.router.bias_update_rate:
+            yield "router", "an adapter cannot hold another routing rule, top_k or selection bias"
+        if self.router.on_collapse == "rebalance":
+            yield "router.on_collapse", "routers drawn anew would not fit experts that stand still"
+
+    def _without_lora(self) -> Iterator[tuple[str, str]]:
+        """What needs adapters."""
+        if self.model.bits is not None:
+            yield "model.bits", "packed weights do not learn: set lora.r as well"
+        if self.model.dtype != "float32":
+            yield "model.dtype", "weights that learn are float32; schedule.bf16 computes in less"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from expertly.errors import ExpertlyError
+from expertly.models.adapter_files import base_marks
 from expertly.models.attach import Attachment
 from expertly.models.experts import expert_matrices
 from expertly.models.shards import Shards
@@ -144,15 +145,20 @@ def _origin(made: dict[str, Any]) -> Origin:
     """Raises for a dense model that is gone or no longer the same."""
     try:
         said = made["specialists"] or [made["dense"]] * made["copies"]
-        known = [(Path(each["path"]), each["config"]) for each in said]
+        known = [(Path(each["path"]), each["config"], each.get("weights")) for each in said]
         slices, layers = made["slices"], made["layers"]
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the receipt is not as expected ({error!r})") from error
-    paths = list(dict.fromkeys(path for path, _ in known))
-    for path, config in known:
+    paths = list(dict.fromkeys(path for path, *_ in known))
+    marks: dict[Path, Any] = {}  # of each folder once, however many copies come from it
+    for path, config, weights in known:
         if fingerprint(path / "config.json") != config:
             raise ValueError(f"{path}: its config.json is another than it was")
-    whose = [paths.index(path) for path, _ in known]
+        if weights is not None:  # older receipts do not say
+            marks[path] = marks.get(path) or base_marks(path)["weights"]
+            if marks[path] != weights:
+                raise ValueError(f"{path}: its weights are others than they were")
+    whose = [paths.index(path) for path, *_ in known]
     return Origin(slices, layers, [Shards(path) for path in paths], whose)
 
 

@@ -69,4 +69,6 @@ def to_micro(batch: Batch, device: torch.device) -> MicroBatch:
     mask = batch.attention_mask
     if mask is not None and bool(mask.all()):
         mask = None
-    return MicroBatch(batch.input_ids.to(device), None if mask is None else mask.to(device))
+    others = (mask, batch.learnt, batch.position_ids)
+    there = (None if each is None else each.to(device) for each in others)
+    return MicroBatch(batch.input_ids.to(device), *there)

@@ -34,14 +34,14 @@ class RunLog:
     missing.
     """
 
-    def __init__(self, run: Path, *, max_steps: int, tensorboard: bool = False):
+    def __init__(self, run: Path, *, tensorboard: bool = False):
         self._run = run
         self._console = _Console(stderr=True, highlight=False)
         self._waiting: deque[tuple[Path, dict[str, Any]]] = deque(maxlen=_WAITING)
         self._warned = False
         self._new_board = board_writer() if tensorboard else None
         self._board: Any = None
-        self._max_steps = max_steps
+        self._max_steps = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -50,7 +50,7 @@ class RunLog:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task: TaskID = self._progress.add_task("", total=max_steps)
+        self._task: TaskID = self._progress.add_task("", total=None)
         self._progress.start()
 
     def say(self, line: str) -> None:
@@ -79,13 +79,14 @@ class RunLog:
         if due and not self._console.is_terminal:
             self.say(f"step {step}/{self._max_steps}  {status}")
 
-    def begin(self, at: int | None) -> None:
+    def begin(self, at: int | None, max_steps: int) -> None:
         """Go on behind step `at`: records of later steps are taken back. None: from the start."""
         # what waits of earlier steps is not taken back: no later step will write it again
         early = (kept for kept in self._waiting if at is not None and kept[1]["step"] <= at)
         self._waiting = deque(early, maxlen=_WAITING)
         forget_after(self._run, -1 if at is None else at)
-        self._progress.update(self._task, completed=at or 0)
+        self._max_steps = max_steps
+        self._progress.update(self._task, completed=at or 0, total=max_steps)
         if self._new_board is not None:
             self._close_board()
             with self._tracking():

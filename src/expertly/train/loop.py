@@ -33,6 +33,7 @@ from expertly.train.report import status, write_evaluation, write_step
 from expertly.train.setup import Job, prepare
 from expertly.train.start import CONFIG, enough_memory, find_start
 from expertly.train.stop import Stop
+from expertly.train.text import Data
 from expertly.train.update import Step, train_step
 from expertly.watch.records import evaluated, last_health
 
@@ -47,7 +48,7 @@ class Run(NamedTuple):
     proof: Proof
     guard: Guard
     health: Health | None  # None: a dense model
-    divergence: Divergence | None  # None: a dense model
+    divergence: Divergence | None  # None: a dense model, or adapters
     log: RunLog
     stop: Stop
 
@@ -66,8 +67,23 @@ class TrainResult:
     router: dict[str, Any] | None  # the last watch set; None for a dense model
 
 
+class Ended(NamedTuple):
+    """How a run ended, and what it read."""
+
+    result: TrainResult
+    data: Data
+
+
 def run(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     """Train, and return how it ended; everything lies in config.output_dir.
+
+    Raises what run_to_end does.
+    """
+    return run_to_end(config, resume=resume).result
+
+
+def run_to_end(config: TrainConfig, *, resume: bool = False) -> Ended:
+    """Train, and return how it ended with the data that it read.
 
     Raises E205 for a folder in the way, E206 for a changed config, E210 for one in use, E211 for
     one that cannot be written, E401 and E402 when disk or memory end, E501 to E503 when training
@@ -77,7 +93,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     folder = Path(config.output_dir)
     with locked(folder), enough_memory(config):
         board = "tensorboard" in config.log.report_to
-        log = RunLog(folder, max_steps=config.schedule.max_steps, tensorboard=board)
+        log = RunLog(folder, tensorboard=board)
         try:
             checkpoint = find_start(folder, config, log.say, resume=resume)
             ended = _from(checkpoint, config, log)
@@ -91,15 +107,18 @@ def run(config: TrainConfig, *, resume: bool = False) -> TrainResult:
 
 def _from(
     checkpoint: Path | None, config: TrainConfig, log: RunLog, back: GoBack | None = None
-) -> TrainResult | GoBack:
+) -> Ended | GoBack:
     """Train from a checkpoint, or from the beginning, to the end or to where it must go back."""
     folder = Path(config.output_dir)
     at = read_progress(checkpoint) if checkpoint else None
     remedy = Remedy(**at.remedy) if at else Remedy()
-    job = prepare(config, checkpoint, log.say)
+    asked, job = config, prepare(config, checkpoint, log.say)
+    config = job.config
     proof, guard = Proof(job.attachment, job.freeze), Guard(config.optim, at.guard if at else {})
     health = Health(job, config, remedy) if job.attachment else None
-    diverging = Divergence(job.attachment, config.model.path, log.say) if job.attachment else None
+    diverging = None
+    if job.attachment and not job.adapted:  # beside adapters experts stay as they are
+        diverging = Divergence(job.attachment, config.model.path, log.say)
     if checkpoint is not None and at is not None:
         job.batches.restore(at.data)
         restore(checkpoint, job, proof)
@@ -107,8 +126,8 @@ def _from(
         if health is not None and seen:  # a checkpoint from before there were alarms has none
             health.alarms.restore(seen)
     # only now, so that a config that had to be corrected finds the folder free
-    save_file(folder / CONFIG, dump(config))
-    log.begin(at.step if at else None)
+    save_file(folder / CONFIG, dump(asked))
+    log.begin(at.step if at else None, config.schedule.max_steps)
     if back is not None:
         guard = back.guard(config.optim, guard.state())
         job.batches.restore(back.data)
@@ -117,11 +136,12 @@ def _from(
     at = at or Progress(step=0, tokens=0, seconds=0.0, data={})
     with Stop() as stop:
         ended = _loop(Run(config, job, proof, guard, health, diverging, log, stop), at)
-    if isinstance(ended, TrainResult):
-        held_out = HeldOut(ended.loss, ended.domains, {})
-        receipt = write_receipt(folder, ended.checkpoint, config, job, proof, held_out)
-        require(receipt, folder)
-    return ended
+    if isinstance(ended, GoBack):
+        return ended
+    held_out = HeldOut(ended.loss, ended.domains, {})
+    receipt = write_receipt(folder, ended.checkpoint, asked, job, proof, held_out)
+    require(receipt, folder)
+    return Ended(ended, job.data)
 
 
 def _loop(run: Run, at: Progress) -> TrainResult | GoBack:

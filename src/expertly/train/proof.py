@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from expertly.config import dump
+from expertly.models.adapter_files import WEIGHTS
 from expertly.models.attach import Attachment
+from expertly.models.files import read_header
 from expertly.models.inspect import Inspection, inspect_folder, part_of
 from expertly.models.loading import Model
 from expertly.receipts import Check, Receipt, fingerprint, versions, write
@@ -48,6 +50,15 @@ class Proof:
         """How many experts and routers are no longer as they were."""
         return {part: f"{int(m.sum())} of {m.numel()}" for part, m in self._moved().items()}
 
+    def routers_changed(self) -> int:
+        """How many routers are no longer as they were."""
+        moved = self._moved().get("routers")
+        return 0 if moved is None else int(moved.sum())
+
+    def still_layers(self) -> int:
+        """In how many layers no expert has changed."""
+        return int((~self._moved()["experts"]).all(dim=1).sum())
+
     def unmoved(self) -> int:
         """How many experts received tokens when they could learn, and are still as they were."""
         moved = self._moved().get("experts")
@@ -83,11 +94,17 @@ def write_receipt(
     run: Path, checkpoint: Path, config: TrainConfig, job: Job, proof: Proof, held_out: HeldOut
 ) -> Receipt:
     """Write RUN/receipt.json."""
-    saved = inspect_folder(checkpoint, hashes=True)
     finite = math.isfinite(held_out.loss)
-    checks = [Check("held-out loss is a number", finite, held_out.loss), *_saved(saved, job.model)]
+    checks = [Check("held-out loss is a number", finite, held_out.loss)]
+    if job.adapted is not None:
+        sizes, saved_checks = _adapter(job, checkpoint)
+    else:
+        saved = inspect_folder(checkpoint, hashes=True)
+        sizes = {"parameters": saved.total, "active_parameters": saved.active}
+        saved_checks = _saved(saved, job.model)
+    checks += saved_checks
     if job.attachment is not None:
-        checks += _on_experts(proof, job.freeze)
+        checks += _on_experts(proof, job) + _on_routers(proof, job)
     moved = proof.frozen_moved()
     if moved is not None:
         name = "parameters frozen throughout that changed"
@@ -101,8 +118,7 @@ def write_receipt(
         figures={
             "held_out_loss": held_out.loss,
             "held_out_loss_by_domain": held_out.domains,
-            "parameters": saved.total,
-            "active_parameters": saved.active,
+            **sizes,
             "trouble": _trouble(run),
             **_divergence(run),
         },
@@ -157,14 +173,56 @@ def _policy(job: Job) -> dict[str, Any]:
     return {"policy": said | note}
 
 
-def _on_experts(proof: Proof, freeze: Freeze) -> list[Check]:
-    """Whether every expert received tokens, and learnt from those it could learn from."""
+def _on_experts(proof: Proof, job: Job) -> list[Check]:
+    """Whether experts received tokens, and learnt where they could."""
+    if job.config.data.conversations:
+        return _on_few_tokens(proof, job)
     idle, more = proof.idle(), "raise router.router_aux_loss_coef or train longer"
     checks = [Check("experts that received no token", idle == 0, idle, 0, more)]
-    if freeze.experts_ever_move():
+    if job.freeze.experts_ever_move():
         name, unmoved = "experts that received tokens but did not change", proof.unmoved()
         checks.append(Check(name, unmoved == 0, unmoved, 0, "raise optim.learning_rate"))
     return checks
+
+
+def _on_few_tokens(proof: Proof, job: Job) -> list[Check]:
+    """Of a small set, which need not reach every expert, nor teach it where it reaches.
+
+    The last layer's experts learn from the tokens before an assistant's alone.
+    """
+    learn = job.freeze.experts_ever_move()
+    if job.adapted is not None:
+        learn = any(row.part == "experts" and row.weights for row in job.adapted.wrapped)
+    if not learn:
+        return []
+    name, still = "MoE layers of which no expert changed", proof.still_layers()
+    return [Check(name, still == 0, still, 0, "raise optim.learning_rate, or train longer")]
+
+
+def _on_routers(proof: Proof, job: Job) -> list[Check]:
+    """Whether frozen routers stood still."""
+    if job.config.optim.router_learning_rate != 0 or "router" in job.config.lora.targets:
+        return []
+    changed = proof.routers_changed()
+    return [Check("frozen routers that changed", changed == 0, changed, 0, "report it")]
+
+
+def _adapter(job: Job, checkpoint: Path) -> tuple[dict[str, Any], list[Check]]:
+    """What of the model learnt, and whether the checkpoint holds all of it."""
+    assert job.adapted is not None
+    learning = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    base = inspect_folder(job.adapted.base)
+    total = base.total
+    saved = sum(header.parameters for header in read_header(checkpoint / WEIGHTS))
+    sizes = {
+        "parameters": total,
+        "active_parameters": base.active,
+        "learning_parameters": learning,
+        "learning_share": learning / total,
+        "adapters": {row.part: row._asdict() for row in job.adapted.wrapped},
+        "router": job.adapted.router,
+    }
+    return sizes, [Check("saved parameters of adapters", saved == learning, saved, learning)]
 
 
 def _saved(saved: Inspection, model: Model) -> list[Check]:
@@ -196,11 +254,20 @@ def _router_norm(router: nn.Module) -> Tensor:
         for name, parameter in router.named_parameters()
         if not name.endswith("e_score_correction_bias")
     )
-    return torch.stack([parameter.double().norm() for parameter in learning]).norm().reshape(1)
+    around = [
+        p for term in getattr(router, "low_rank", {}).values() for p in term.lora_B.parameters()
+    ]
+    norms = [parameter.double().norm() for parameter in (*learning, *around)]
+    return torch.stack(norms).norm().reshape(1)
 
 
 def _expert_norms(experts: Any) -> Tensor:
-    """The norms of each expert's two matrices: (experts, 2)."""
+    """The norms of each expert's two matrices, or of the adapters beside them: (experts, n)."""
+    if terms := getattr(experts, "low_rank", None):
+        factors = [part for name in sorted(terms) for part in terms[name].factors()[:2]]
+        return torch.stack([f.double().flatten(1).norm(dim=1) for f in factors], dim=-1)
+    if hasattr(experts, "packed"):  # they cannot move
+        return torch.zeros(experts.packed.num_experts, 2)
     up = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
     norms = [weight.double().flatten(1).norm(dim=1) for weight in (up, experts.down_proj)]
     return torch.stack(norms, dim=-1)

@@ -1,7 +1,6 @@
 """Set a run up: everything that can be wrong is found before anything big is allocated."""
 
-import time
-from collections.abc import Callable
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import AdamW
 
-from expertly.data.batches import Batch, Batches, eval_batches
-from expertly.data.cache import Encoder, TokenSet, cache_root, sources_key, token_sets
-from expertly.data.config import DataConfig
-from expertly.data.sources import domain_weights, expand, training_sample
+from expertly.data.batches import Batch, Batches
+from expertly.data.cache import TokenSet
+from expertly.data.examples import ExampleSet
 from expertly.errors import ExpertlyError
 from expertly.families import family_of, moe_layer_indices, sizes
-from expertly.folders import save_folder
 from expertly.models.attach import Attachment, attach
 from expertly.models.build import ModelShape, build_model, model_config, twin_config
 from expertly.models.experts import add_expert_dropout
@@ -25,45 +22,48 @@ from expertly.models.loading import Model, Tokenizer, check_model, load_weights,
 from expertly.models.packed_loading import is_packed_folder
 from expertly.models.policies import SavedPolicy, fill_bias, read_policy, require_sayable
 from expertly.models.straight_through import StraightThrough, check_straight_through
-from expertly.models.tokenizer import (
-    encode_batch,
-    open_tokenizer,
-    save_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
-)
 from expertly.moe.policy import Policy, check_policy
 from expertly.moe.routing import ROUTERS
+from expertly.train.adapt import Adapted, adapt
 from expertly.train.config import ModelConfig, RouterConfig, TrainConfig
+from expertly.train.conversations import kept_apart, read_conversations
 from expertly.train.freeze import Freeze
 from expertly.train.optimizer import build_optimizer
-
-# a byte-level BPE of a few thousand tokens does not get better from more text than this
-_TOKENIZER_BYTES = 16 * 1024 * 1024
-
-# counts of what a domain lost, and what one and many of them are called
-_LEFT_OUT = (
-    ("undecodable", "file not UTF-8, left out", "files not UTF-8, left out"),
-    ("bad", "unreadable row, left out", "unreadable rows, left out"),
-    ("duplicates", "copy", "copies"),
-)
-
-Say = Callable[[str], None]  # one line for the user
+from expertly.train.text import Data, Say, read_text
 
 
 class Job(NamedTuple):
     """All that the loop works with."""
 
+    config: TrainConfig  # as asked for, with the steps that its epochs take
     model: Model
-    tokenizer: Tokenizer
+    adapted: Adapted | None  # None: the model's own weights learn
     attachment: Attachment | None  # None: a dense model
     optimizer: AdamW
     freeze: Freeze
-    batches: Batches
-    held_out: list[Batch]
-    sets: list[TokenSet]  # by the index that batches use
+    data: Data
     autocast: AbstractContextManager
     stock: bool  # whether stock loaders compute the same function; True for a dense model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What the data was made with."""
+        return self.data.tokenizer
+
+    @property
+    def batches(self) -> Batches:
+        """To train on."""
+        return self.data.batches
+
+    @property
+    def held_out(self) -> list[Batch]:
+        """To evaluate on."""
+        return self.data.held_out
+
+    @property
+    def sets(self) -> list[TokenSet] | list[ExampleSet]:
+        """The domains, by the index that batches use."""
+        return self.data.sets
 
     @property
     def domains(self) -> list[str]:
@@ -73,10 +73,11 @@ class Job(NamedTuple):
 
 def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     """Build model, data and optimizer, from a checkpoint's folder when one is given."""
-    folder = checkpoint or (Path(config.model.path) if config.model.path else None)
-    if folder is not None and is_packed_folder(folder):
+    origin = Path(config.model.path) if config.model.path else None
+    folder = origin if config.lora.r else checkpoint or origin  # adapters lie beside no model
+    if folder is not None and not config.lora.r and is_packed_folder(folder):
         why = "its weights are packed, and packed weights are not trained"
-        raise ExpertlyError("E202", str(folder), why, fix="open the original")
+        raise ExpertlyError("E202", str(folder), why, fix="open the original, or set lora.r")
     raw = (open_config(folder) if folder else _config(config.model, {})).to_dict()
     saved = read_policy(folder) if folder else None
     policy = policy_of(raw, config.router, saved) if _routes(raw) else None
@@ -85,12 +86,14 @@ def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     device = torch.device(pick_device(config.device))
     if folder is not None and checkpoint is None:
         check_model(folder, verify=True)  # before hours of tokenising; a checkpoint was checked
-    config = replace(config, data=_expanded(config.data, say))
-    tokenizer = _tokenizer(config.data, folder, say)
-    sets = tokenize(config.data, tokenizer, say)
-    batches, held_out = _batches(config, sets)
+    read = read_conversations if config.data.conversations else read_text
+    data = read(config, folder, say)
     torch.manual_seed(config.seed)
-    model = _model(config, folder, tokenizer)
+    model = _model(config, folder, data.tokenizer)
+    if config.data.conversations:
+        data = kept_apart(config, model, data, say)
+    config = _with_steps(config, data.batches.rows_per_epoch, say)
+    adapted = adapt(model, config, checkpoint, say) if config.lora.r else None
     model.to(device).train()  # type: ignore[arg-type]
     attachment = _attach(model, policy, saved, config) if policy is not None else None
     if config.schedule.gradient_checkpointing:
@@ -98,9 +101,21 @@ def prepare(config: TrainConfig, checkpoint: Path | None, say: Say) -> Job:
     freeze = Freeze(model, attachment, config.optim.freeze, last=config.schedule.max_steps - 1)
     routers = [layer.router for layer in attachment.layers] if attachment else []
     optimizer = build_optimizer(model, routers, config.optim)
-    cast = _cast(config, device)
-    learns = (attachment, optimizer, freeze)
-    return Job(model, tokenizer, *learns, batches, held_out, sets, cast, stock)
+    learns = (adapted, attachment, optimizer, freeze)
+    return Job(config, model, *learns, data, _cast(config, device), stock)
+
+
+def _with_steps(config: TrainConfig, rows: int, say: Say) -> TrainConfig:
+    """The config with the optimizer steps that its epochs take. rows: of one epoch."""
+    schedule = config.schedule
+    if not schedule.num_train_epochs:
+        return config
+    steps = max(1, math.ceil(schedule.num_train_epochs * rows / schedule.rows_per_step))
+    say(
+        f"schedule: {schedule.num_train_epochs:g} epochs of {rows:,} rows are {steps:,} steps "
+        f"of {schedule.rows_per_step}"
+    )
+    return replace(config, schedule=replace(schedule, max_steps=steps))
 
 
 def _attach(
@@ -157,60 +172,6 @@ def pick_device(asked: str) -> str:
     return "cuda" if there and asked != "cpu" else "cpu"
 
 
-def _expanded(data: DataConfig, say: Say) -> DataConfig:
-    """The data with its sources expanded, once: site-packages is large, and is walked for it."""
-    sources, missing = expand(data.sources)
-    for name in missing:
-        say(f"data: {name} is not on this machine, left out")
-    return replace(data, sources=tuple(sources))
-
-
-def tokenize(data: DataConfig, tokenizer: Tokenizer, say: Say) -> list[TokenSet]:
-    """The tokens of every domain, from the cache where it has them; one line each to the user."""
-    encoder = Encoder(
-        encode=lambda texts: encode_batch(tokenizer, texts),
-        end_of_text=tokenizer.eos_token_id,
-        vocab_size=len(tokenizer),
-        fingerprint=tokenizer_fingerprint(tokenizer),
-    )
-    sets = token_sets(
-        data.sources,
-        encoder,
-        eval_fraction=data.eval_fraction,
-        cache_dir=data.cache_dir,
-        skip_bad=data.skip_bad,
-        progress=_now_and_then(say),
-    )
-    for each in sets:
-        say(_told(each))
-    return sets
-
-
-def _told(each: TokenSet) -> str:
-    """A domain's line: its tokens, and what of it was left out."""
-    train, held_out = len(each.train), len(each.held_out)
-    line = f"data: {each.domain}: {train:,} tokens to train on, {held_out:,} held out"
-    left_out = [
-        f"{count:,} {many if count > 1 else one}"
-        for key, one, many in _LEFT_OUT
-        if (count := each.counts[key])
-    ]
-    return f"{line} ({'; '.join(left_out)})" if left_out else line
-
-
-def _now_and_then(say: Say, every: float = 10.0) -> Callable[[str, int, int], None]:
-    """Tell how far tokenising is, at most once in `every` seconds."""
-    last = time.monotonic()
-
-    def progress(domain: str, documents: int, tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > every:
-            last = time.monotonic()
-            say(f"data: {domain}: {documents:,} documents, {tokens:,} tokens so far")
-
-    return progress
-
-
 def _config(model: ModelConfig, ids: dict[str, Any]) -> ModelShape:
     """The transformers config of a model from scratch; the twin's where that is asked for."""
     config = model_config(model.family, {**ids, **model.sizes(), **model.extra})
@@ -219,7 +180,8 @@ def _config(model: ModelConfig, ids: dict[str, Any]) -> ModelShape:
 
 def _model(config: TrainConfig, folder: Path | None, tokenizer: Tokenizer) -> Model:
     if folder is not None:
-        model = load_weights(folder, dtype=torch.float32)
+        dtype = torch.float32 if config.model.dtype == "float32" else "auto"
+        model = load_weights(folder, dtype=dtype, bits=config.model.bits)
         _require_vocabulary(model.config, tokenizer)
         return model
     ids = {
@@ -240,42 +202,6 @@ def _require_vocabulary(shape: ModelShape, tokenizer: Tokenizer) -> None:
         why = f"it has {len(tokenizer)} tokens, the model only {shape.vocab_size}"
         fix = "use the model's own tokenizer, or a larger vocab_size"
         raise ExpertlyError("E202", "tokenizer", why, fix=fix)
-
-
-def _tokenizer(data: DataConfig, folder: Path | None, say: Say) -> Tokenizer:
-    """The one that was named, else the checkpoint's own, else one trained on the data."""
-    if data.tokenizer or folder is not None:
-        return open_tokenizer(data.tokenizer or str(folder))
-    parts = ("tokenizer", data.vocab_size, data.eval_fraction, _TOKENIZER_BYTES)
-    kept = cache_root(data.cache_dir) / f"tokenizer-{sources_key(data.sources, *parts)}"
-    if not kept.is_dir():
-        say(f"tokenizer: training a byte-level BPE of {data.vocab_size:,} tokens")
-        texts = training_sample(
-            data.sources, _TOKENIZER_BYTES, data.eval_fraction, skip_bad=data.skip_bad
-        )
-        trained = train_tokenizer(texts, data.vocab_size)
-        try:
-            save_folder(kept, lambda folder: save_tokenizer(trained, folder))
-        except ExpertlyError:
-            # another run, perhaps the twin, was faster with the same one
-            if not kept.is_dir():
-                raise
-    return open_tokenizer(kept)
-
-
-def _batches(config: TrainConfig, sets: list[TokenSet]) -> tuple[Batches, list[Batch]]:
-    size, length = config.schedule.per_device_train_batch_size, config.data.sequence_length
-    batches = Batches(
-        sets,
-        domain_weights(config.data.sources),
-        batch_size=size,
-        sequence_length=length,
-        seed=config.seed,
-    )
-    held_out = eval_batches(
-        sets, batch_size=size, sequence_length=length, eval_tokens=config.data.eval_tokens
-    )
-    return batches, held_out
 
 
 def _cast(config: TrainConfig, device: torch.device) -> AbstractContextManager:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expertly.data.batches import next_tokens
 from expertly.models.attach import Attachment, tokens_of
 from expertly.moe.losses import (
     Totals,
@@ -36,15 +37,12 @@ class MicroBatch(NamedTuple):
 
     input_ids: Tensor  # (batch, seq)
     attention_mask: Tensor | None = None  # (batch, seq); None: no padding
+    learnt: Tensor | None = None  # (batch, seq), tokens that the model learns to write; None: all
+    position_ids: Tensor | None = None  # (batch, seq), from 0 in each text of a row
 
     def labels(self) -> Tensor:
-        """The next token at each position, -100 where either is padding or at the row's end."""
-        labels = self.input_ids.roll(-1, dims=1)
-        if self.attention_mask is not None:
-            mask = self.attention_mask.bool()
-            labels = labels.where(mask & mask.roll(-1, dims=1), -100)
-        labels[:, -1] = -100
-        return labels
+        """The next token at each position, -100 where there is none to learn: (batch, seq)."""
+        return next_tokens(*self)
 
 
 class StepLosses(NamedTuple):
@@ -125,7 +123,9 @@ def _measure(
 ) -> BatchTotals:
     """Count the whole batch; and its load fractions, by a forward without gradients, if needed."""
     labels = max(1, sum(int((micro.labels() != -100).sum()) for micro in micro_batches))
-    counted = [count(tokens_of(m.input_ids, m.attention_mask)) for m in micro_batches]
+    counted = [
+        count(tokens_of(m.input_ids, m.attention_mask, m.position_ids)) for m in micro_batches
+    ]
     totals = Totals(*(sum(values) for values in zip(*counted, strict=True)))
     split = len(micro_batches) > 1 and router.router_aux_loss_coef > 0
     if attachment is None or not (split and router.exact and router.scope == "global"):
@@ -183,7 +183,9 @@ def _router_terms(
 
 def forward(model: nn.Module, micro: MicroBatch) -> Tensor:
     """The logits (batch, seq, vocab); without the cache that every model fills by default."""
-    return model(micro.input_ids, attention_mask=micro.attention_mask, use_cache=False).logits
+    places = {} if micro.position_ids is None else {"position_ids": micro.position_ids}
+    mask = micro.attention_mask
+    return model(micro.input_ids, attention_mask=mask, use_cache=False, **places).logits
 
 
 def cross_entropy(logits: Tensor, micro: MicroBatch) -> Tensor:

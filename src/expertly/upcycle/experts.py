@@ -42,10 +42,10 @@ def expert_matrix(dense: Tensor, change: Change, place: Place) -> Tensor:
     get 1 / slices of what a whole copy would (house decision 12).
     """
     down = place.matrix == _DOWN
-    units = dense.float().T if down else dense.float()
+    units = dense.T if down else dense
     width = len(units) // change.slices
     start = place.expert % change.slices * width
-    units = units[start : start + width].clone()
+    units = units[start : start + width].to(torch.float32, copy=True)
     if change.drop:
         _renew(units, change, place)
     if change.noise:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertly.errors import ExpertlyError
-from expertly.models.shards import Entry, Shards
+from expertly.models.shards import Average, Entry, Shards
 from expertly.upcycle.experts import MATRICES, Place, expert_matrix
 from expertly.upcycle.setup import Job
 from expertly.upcycle.targets import Target
@@ -51,8 +51,8 @@ def _kept(job: Job, name: str, source: str) -> Part:
 
 
 def _as(job: Job, name: str, source: str, shape: tuple[int, ...] | None = None) -> Entry:
-    """A tensor of the dtype of the dense one that it comes from, and its shape if none is said."""
-    there = job.dense.weights.entry(source)
+    """A tensor with the dtype of what it comes from, and its shape if none is said."""
+    there = job.backbone.entry(source)
     return Entry(name, job.dtype or there.dtype, there.shape if shape is None else shape)
 
 
@@ -62,13 +62,15 @@ def _layer(job: Job, layer: int) -> Iterator[Part]:
     dim, width = job.shape.hidden_size, job.width
     sources = [f"model.layers.{layer}.mlp.{name}.weight" for name in MATRICES]
     shapes = [(width, dim), (width, dim), (dim, width)]
-    router = _as(job, f"{prefix}.gate.weight", sources[0], (job.num_experts, dim))
+    # all specialists' numbers must fit, whatever the base has
+    dtypes = [job.dtype or Average(job.sources).entry(source).dtype for source in sources]
+    router = Entry(f"{prefix}.gate.weight", dtypes[0], (job.num_experts, dim))
     yield Part(router, "router", place=Place(layer, 0, 0))
     for expert in range(job.num_experts):
         for matrix, name in enumerate(target.matrices):
-            source, name = sources[matrix], f"{prefix}.experts.{expert}.{name}.weight"
-            entry = _as(job, name, source, shapes[matrix])
-            yield Part(entry, "expert", source, Place(layer, expert, matrix))
+            name = f"{prefix}.experts.{expert}.{name}.weight"
+            entry = Entry(name, dtypes[matrix], shapes[matrix])
+            yield Part(entry, "expert", sources[matrix], Place(layer, expert, matrix))
     if target.shared:
         for name, source in zip(MATRICES, sources, strict=True):
             yield Part(_as(job, f"{prefix}.shared_expert.{name}.weight", source), "shared", source)
@@ -89,11 +91,30 @@ def _cast(job: Job, part: Part, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
     """The blocks in the part's dtype; E301 for NaN or infinity, the files' or for want of range."""
     for block in blocks:
         cast = block.to(part.entry.dtype)
-        # one pass without a temporary; a NaN comes through it
-        if cast.numel() and not all(end.isfinite() for end in cast.aminmax()):
-            why = f"{part.source} holds NaN, infinity or what {cast.dtype} cannot say"
-            raise ExpertlyError("E301", job.config.model, why, fix="copy the model again")
+        if not _finite(cast):
+            raise _unsayable(job, part)
         yield cast
+
+
+def _finite(block: Tensor) -> bool:
+    # one pass without a temporary; a NaN comes through it
+    return not block.numel() or all(bool(end.isfinite()) for end in block.aminmax())
+
+
+def _unsayable(job: Job, part: Part) -> ExpertlyError:
+    """The E301 for a part with numbers that are none: of which folder, or for want of range."""
+    name, models = part.source or part.entry.name, [job.dense.weights]
+    if part.role == "expert":
+        models = [job.sources[job.whose[part.place.expert // job.change.slices]]]
+    elif part.role == "backbone" and isinstance(job.backbone, Average):
+        models = job.sources
+    for model in models if part.source else ():
+        if not all(map(_finite, model.blocks(name))):
+            why = f"{name} holds NaN or infinity"
+            return ExpertlyError("E301", str(model.folder), why, fix="copy the model again")
+    dtype = str(part.entry.dtype).removeprefix("torch.")
+    why = f"{name} holds what {dtype} cannot say"
+    return ExpertlyError("E301", str(models[0].folder), why, fix="choose float32 or fewer slices")
 
 
 def _blocks(

@@ -10,7 +10,7 @@ from expertly.models.walk import walk
 from expertly.upcycle.clusters import balanced_clusters
 from expertly.upcycle.rows import fitted_rows, random_rows, unclear
 from expertly.upcycle.setup import Job
-from expertly.upcycle.text import prompt_rows, text_rows
+from expertly.upcycle.text import cut_evenly, prompt_rows, text_rows
 
 Say = Callable[[str], None]
 
@@ -33,11 +33,11 @@ def router_rows(job: Job, say: Say) -> dict[int, Tensor]:
 
 def _rows(job: Job, say: Say) -> dict[int, Tensor]:
     dim = job.shape.hidden_size
-    if job.recipe and job.recipe.gate_mode == "hidden":
+    if job.router == "hidden":
         return _from_prompts(job, say)
-    if job.config.router == "clusters":
+    if job.router == "clusters":
         return _from_clusters(job, say)
-    if job.config.router == "zero":
+    if job.router == "zero":
         return {layer: torch.zeros(job.copies, dim) for layer in job.moe_layers}
     return {
         layer: random_rows(job.copies, dim, seed=job.config.seed + layer)
@@ -49,35 +49,38 @@ def _from_clusters(job: Job, say: Say) -> dict[int, Tensor]:
     ids = text_rows(job, 2 * job.config.tokens, held_out=False)
     say(f"router: clusters of {ids.numel():,} tokens in each layer")
     rows = {}
-    for passed in walk(job.dense.shape, job.backbone, ids):
+    for passed in walk(job.dense.shape, job.backbone, ids.unbind()):
         if passed.layer in job.moe_layers:
             labels = balanced_clusters(passed.states, job.copies, seed=job.config.seed)
             wanted = torch.nn.functional.one_hot(labels, job.copies).float()
             rows[passed.layer] = fitted_rows(passed.states, wanted)
+        del passed  # its states are large, and the next layer's come on top
     return rows
 
 
 def _from_prompts(job: Job, say: Say) -> dict[int, Tensor]:
-    assert job.recipe is not None
-    texts: list[Tensor] = []
-    marks: list[Tensor] = []
-    for copy, specialist in enumerate(job.recipe.specialists):
-        for prompts, sign in ((specialist.positive, 1.0), (specialist.negative, -1.0)):
-            for ids in prompt_rows(job, prompts):
-                mark = torch.zeros(len(ids), job.copies)
-                mark[:, copy] = sign
-                texts.append(ids)
-                marks.append(mark)
-    say(f"router: {sum(map(len, texts)):,} tokens of {len(texts)} prompts in each layer")
-    # causal, so padding behind a prompt does not reach it
-    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
-    wanted, rows, poor = torch.cat(marks), {}, 0
-    for passed in walk(job.dense.shape, job.backbone, ids):
+    whole, wishes = _prompts(job)
+    texts = cut_evenly(whole, 2 * job.config.tokens)
+    count, of = sum(map(len, texts)), sum(map(len, whole))
+    say(f"router: {count:,} of {of:,} tokens of {len(texts)} prompts in each layer")
+    wanted, rows, poor = wishes.repeat_interleave(torch.tensor([*map(len, texts)]), dim=0), {}, 0
+    for passed in walk(job.dense.shape, job.backbone, texts):
         if passed.layer in job.moe_layers:
-            states = passed.states[real.flatten().bool()]
-            rows[passed.layer] = fitted_rows(states, wanted)
-            poor += bool(unclear(rows[passed.layer], states, wanted))
+            rows[passed.layer] = fitted_rows(passed.states, wanted)
+            poor += bool(unclear(rows[passed.layer], passed.states, wanted))
+        del passed
     if poor > len(rows) // 2:
         say("warning: in most layers the prompts of some specialists do not tell them apart")
     return rows
+
+
+def _prompts(job: Job) -> tuple[list[Tensor], Tensor]:
+    """All prompts' tokens, (seq,) each, and what each wants of the copies: (prompts, copies)."""
+    assert job.recipe is not None
+    texts: list[Tensor] = []
+    wishes: list[Tensor] = []
+    for specialist, own in zip(job.recipe.specialists, torch.eye(job.copies), strict=True):
+        for prompts, sign in ((specialist.positive, 1.0), (specialist.negative, -1.0)):
+            texts += prompt_rows(job, prompts)
+            wishes += [sign * own] * len(prompts)
+    return texts, torch.stack(wishes)

@@ -11,6 +11,7 @@ from torch import Tensor
 _RIDGE = 0.1
 _NOTHING = 1e-6  # a spread of logits that is rounding alone, where 1 is wanted
 _CLEAR = 0.5  # share of its own tokens that a copy should rank first for
+_CHUNK = 1024  # tokens in float64 at once
 
 
 def random_rows(copies: int, dim: int, *, seed: int, std: float = 0.02) -> Tensor:
@@ -28,16 +29,28 @@ def fitted_rows(states: Tensor, wanted: Tensor) -> Tensor:
     differ from token to token by a common number that routing ignores, spread by 1 around their
     mean over the copies; all zero where the states tell nothing apart.
     """
-    weight = _even(wanted).sqrt().unsqueeze(1)
-    x = weight * states.double()
-    y = weight * (wanted - wanted.mean(dim=1, keepdim=True)).double()
-    gram = x.T @ x
+    gram, wishes = _moments(states, wanted)
     ridge = _RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
     gram.diagonal().add_(ridge)
-    rows = torch.linalg.solve(gram, x.T @ y).T
-    logits = states.double() @ rows.T
+    rows = torch.linalg.solve(gram, wishes).T
+    logits = torch.cat([chunk.double() @ rows.T for chunk in states.split(_CHUNK)])
     spread = (logits - logits.mean(dim=1, keepdim=True)).std(correction=0)
     return (rows / spread if spread > _NOTHING else torch.zeros_like(rows)).float()
+
+
+def _moments(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted states' products with each other and with what is wanted, in float64:
+    (dim, dim) and (dim, copies)."""
+    dim, copies = states.shape[1], wanted.shape[1]
+    gram = torch.zeros(dim, dim, dtype=torch.double)
+    wishes = torch.zeros(dim, copies, dtype=torch.double)
+    parts = (each.split(_CHUNK) for each in (_even(wanted), states, wanted))
+    for weight, x, y in zip(*parts, strict=True):
+        x = weight.sqrt().unsqueeze(1) * x.double()
+        y = weight.sqrt().unsqueeze(1) * (y - y.mean(dim=1, keepdim=True)).double()
+        gram.addmm_(x.T, x)
+        wishes.addmm_(x.T, y)
+    return gram, wishes
 
 
 def _even(wanted: Tensor) -> Tensor:

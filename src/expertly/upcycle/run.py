@@ -18,6 +18,7 @@ from expertly.receipts import Receipt, write
 from expertly.upcycle.config import UpcycleConfig
 from expertly.upcycle.layout import Part, parts, values
 from expertly.upcycle.proof import prove, receipt_of
+from expertly.upcycle.room import require_room
 from expertly.upcycle.router import router_rows
 from expertly.upcycle.setup import Job, prepare
 from expertly.upcycle.text import text_rows
@@ -62,6 +63,7 @@ def run(config: UpcycleConfig, say: Say) -> UpcycleResult:
         f"{job.target.name}: {job.num_experts} experts in {len(job.moe_layers)} layers, top "
         f"{job.top_k}, {size(total)}"
     )
+    require_room(Path(config.output_dir), total)
     held_out = text_rows(job, config.tokens, held_out=True)
     rows = router_rows(job, say)
     receipts: list[Receipt] = []

@@ -1,6 +1,8 @@
 """Set an upcycling up: everything that can be wrong is found before anything is written."""
 
+import errno
 import os
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from expertly.upcycle.recipe import Recipe, read_recipe
 from expertly.upcycle.targets import DENSE, Target, choose_target, target_keys
 
 _COPIES = 8
+_DOWN = "model.layers.0.mlp.down_proj.weight"  # whose dtype stands for all feed-forwards
 _RECIPES = (".yaml", ".yml")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,26 +59,28 @@ class Job(NamedTuple):
         return DENSE[self.dense.shape.model_type].folded
 
     @property
+    def router(self) -> str:
+        """How routers begin: hidden, by the recipe's prompts, or as the config says."""
+        return "hidden" if _by_prompts(self.recipe) else self.config.router
+
+    @property
     def exact(self) -> bool:
         """Whether it computes what the dense model does."""
         return self.recipe is None and not self.change.drop and not self.change.noise
+
+
+def _by_prompts(recipe: Recipe | None) -> bool:
+    return recipe is not None and recipe.gate_mode == "hidden"
 
 
 def prepare(config: UpcycleConfig) -> Job:
     """Read and check all inputs. Raises E2xx for what is asked, E3xx for what is there."""
     if os.path.lexists(config.output_dir):
         raise ExpertlyError("E205", config.output_dir, "exists already", fix="name a new folder")
-    path = Path(config.model)
-    if path.is_file() and path.suffix not in _RECIPES:
-        why = f"expected a model's folder, or a recipe in {' or '.join(_RECIPES)}"
-        raise ExpertlyError("E305", config.model, why, fix="name the folder that it is in")
-    recipe = read_recipe(path) if path.is_file() else None
-    folder = recipe.base if recipe else path
+    recipe = _recipe(config)
+    folder = recipe.base if recipe else Path(config.model)
     shape = open_config(folder)
-    raw = own_keys(shape)
-    shared = config.shared or bool(recipe and recipe.shared)
-    wish = config.target or (recipe.target if recipe else "")
-    target = choose_target(raw, wish, every=config.every, shared=shared)
+    target = _target(config, recipe, shape)
     num_experts, top_k = _sizes(config, recipe, shape)
     layers = [i for i in range(shape.num_hidden_layers) if (i + 1) % config.every == 0]
     if not layers:
@@ -86,9 +91,8 @@ def prepare(config: UpcycleConfig) -> Job:
     whose, sources = _sources(recipe, dense, num_experts // config.slices)
     made = _shape(dense, target, layers, num_experts, top_k, config.slices)
     dtype = _dtype(recipe, dense)
-    made.dtype = dtype or shape.dtype
-    _require_exact(config.slices, dtype, dense)
-    return Job(
+    made.dtype = dtype or _widest(shape, dense, sources)
+    job = Job(
         config=config,
         recipe=recipe,
         dense=dense,
@@ -104,6 +108,44 @@ def prepare(config: UpcycleConfig) -> Job:
         change=_change(config, target),
         dtype=dtype,
     )
+    if job.exact:
+        _require_exact(config.slices, dtype, dense)
+    return job
+
+
+def _recipe(config: UpcycleConfig) -> Recipe | None:
+    """The recipe that config.model is, or None. Raises E202, E305, and what read_recipe does."""
+    path = Path(config.model)
+    if not os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
+        _require_short(path)
+        return None
+    if path.suffix not in _RECIPES:
+        why = f"expected a model's folder, or a recipe in {' or '.join(_RECIPES)}"
+        raise ExpertlyError("E305", config.model, why, fix="name the folder that it is in")
+    recipe = read_recipe(path)
+    if _by_prompts(recipe) and config.router != "random":
+        why = f"{config.router}, but the recipe's prompts say how routers begin"
+        raise ExpertlyError("E202", "router", why, fix="leave it out")
+    return recipe
+
+
+def _require_short(path: Path) -> None:
+    """Raises E305 for a name that no file can have."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            why = os.strerror(error.errno).lower()
+            raise ExpertlyError("E305", f"{path}", why, fix="correct it") from error
+
+
+def _target(config: UpcycleConfig, recipe: Recipe | None, shape: ModelShape) -> Target:
+    """The target that the config or the recipe asks for, or the first that fits."""
+    raw, shared = own_keys(shape), config.shared or bool(recipe and recipe.shared)
+    if config.target or recipe is None:
+        return choose_target(raw, config.target, every=config.every, shared=shared)
+    fix = "leave architecture out of the recipe"
+    return choose_target(raw, recipe.target, every=config.every, shared=shared, fix=fix)
 
 
 def _sizes(config: UpcycleConfig, recipe: Recipe | None, shape: ModelShape) -> tuple[int, int]:
@@ -175,9 +217,16 @@ def _dtype(recipe: Recipe | None, dense: Dense) -> torch.dtype | None:
     return torch.float32 if DENSE[dense.shape.model_type].folded else None
 
 
+def _widest(shape: ModelShape, dense: Dense, sources: list[Shards]) -> torch.dtype | None:
+    """The dtype to open the MoE in: the dense model's, or what holds all specialists' numbers."""
+    others = [source.entry(_DOWN).dtype for source in sources if source is not dense.weights]
+    own = shape.dtype
+    return reduce(torch.promote_types, others, own) if isinstance(own, torch.dtype) else None
+
+
 def _require_exact(slices: int, dtype: torch.dtype | None, dense: Dense) -> None:
     """Raises E202 for slices by whose number half precision cannot be multiplied unrounded."""
-    dtype = dtype or dense.weights.entry("model.layers.0.mlp.down_proj.weight").dtype
+    dtype = dtype or dense.weights.entry(_DOWN).dtype
     if dtype.itemsize < 4 and slices & (slices - 1):
         why = f"{slices}, and {str(dtype).removeprefix('torch.')} weights times it are rounded"
         raise ExpertlyError("E202", "slices", why, fix="choose a power of 2")

@@ -72,12 +72,20 @@ TARGETS = {
 }
 
 
-def choose_target(config: Mapping[str, Any], asked: str, *, every: int, shared: bool) -> Target:
+def choose_target(
+    config: Mapping[str, Any],
+    asked: str,
+    *,
+    every: int,
+    shared: bool,
+    fix: str = "leave the target out",
+) -> Target:
     """The stock MoE that says a dense model exactly, with experts in every n-th layer.
 
-    config: the dense model's, as a dict. asked: a target's name, or "". One that always has a
-    shared expert is taken only where no other will do. Raises E306 for a model that is no dense
-    one of a make we read, and where no target can say it; E202 for an unknown or unfit target.
+    config: the dense model's, as a dict. asked: a target's name, or ""; fix: how to ask for none.
+    One that always has a shared expert is taken only where no other will do. Raises E306 for a
+    model that is no dense one of a make we read, and where no target can say it; E202 for an
+    unknown or unfit target.
     """
     make = _make(config)
     if asked and asked not in TARGETS:
@@ -92,13 +100,13 @@ def choose_target(config: Mapping[str, Any], asked: str, *, every: int, shared: 
     if fit:
         return TARGETS[fit[0]]
     if asked:
-        raise ExpertlyError("E202", f"target {asked}", why[asked], fix="leave the target out")
+        raise ExpertlyError("E202", f"target {asked}", why[asked], fix=fix)
     nearly = {name: said for name, said in why.items() if TARGETS[name].qk_norm == make.qk_norm}
     said = "; ".join(f"{name}: {reason}" for name, reason in (nearly or why).items())
     what = f"model_type {config['model_type']!r}"
     alone = any(not list(_unlike(config, make, target)) for target in TARGETS.values())
-    fix = "leave out every and shared" if alone else "choose another dense model"
-    raise ExpertlyError("E306", what, f"no stock MoE says it exactly ({said})", fix=fix)
+    other = "leave out every and shared" if alone else "choose another dense model"
+    raise ExpertlyError("E306", what, f"no stock MoE says it exactly ({said})", fix=other)
 
 
 def biases(config: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from expertly.models.tokenizer import encode_batch, encode_prompt
 from expertly.upcycle.setup import Job
 
 _LENGTH = 512  # tokens of a row at most
+_SHORTEST = 16  # tokens of a prompt that are left to it, however many there are
 
 
 def text_rows(job: Job, tokens: int, *, held_out: bool) -> Tensor:
@@ -42,6 +43,18 @@ def prompt_rows(job: Job, prompts: tuple[str, ...]) -> list[Tensor]:
         _known(job, torch.tensor(encode_prompt(job.tokenizer, prompt)[:longest]))
         for prompt in prompts
     ]
+
+
+def cut_evenly(texts: list[Tensor], tokens: int) -> list[Tensor]:
+    """The texts (seq,), the longest ones cut until all together have at most so many tokens.
+
+    16 of each stay, even where that makes more.
+    """
+    lengths = [len(text) for text in texts]
+    most = max(lengths)
+    while most > _SHORTEST and sum(min(length, most) for length in lengths) > tokens:
+        most -= 1
+    return [text[:most] for text in texts]
 
 
 def _known(job: Job, ids: Tensor) -> Tensor:

@@ -1,28 +1,37 @@
-"""A look at a finished model: how its routers treat some text, and how far that is from another's.
+"""A look at a finished model: how its routers treat some text.
 
 The model need not have been trained here. The report has the form of a run's (history.py), with
-one step only.
+one step only; how far it is from another's is said in drift.py.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from expertly.errors import ExpertlyError
+from expertly.data.batches import next_tokens
 from expertly.models.attach import attach
 from expertly.models.loading import Model
 from expertly.watch.alarms import Alarms
 from expertly.watch.health import Watch
 from expertly.watch.history import report
 from expertly.watch.snapshots import shares, snapshot
-from expertly.watch.stats import LayerCounts, divergence, overlap, watch_set
+from expertly.watch.stats import LayerCounts, watch_set
 
 _ROWS = 4  # at once: enough to keep a processor busy, little memory
 
 Say = Callable[[str], None]
+
+
+class Text(NamedTuple):
+    """Rows of tokens to read, (rows, seq) each."""
+
+    ids: Tensor
+    learnt: Tensor | None = None  # tokens whose loss counts; None: all
+    position_ids: Tensor | None = None  # from 0 in each of the examples that share a row
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,8 @@ class Look:
 
     counts: dict[str, LayerCounts]  # by domain
     norms: Tensor  # (layers, experts), mean over the domains in which an expert had tokens
-    chosen: Tensor  # (layers, tokens, top_k), experts of every token in order
+    chosen: dict[str, Tensor]  # by domain (layers, tokens, top_k), of every token in order
+    losses: dict[str, float]  # by domain, nats per token
     top_k: int
 
     @property
@@ -41,25 +51,48 @@ class Look:
 
 
 @torch.no_grad()
-def look(model: Model, rows: Mapping[str, Tensor], say: Say) -> Look:
-    """Run the rows (rows, seq) of each domain through a model, and count what its routers do.
+def look(model: Model, texts: Mapping[str, Text], say: Say) -> Look:
+    """Run the text of each domain through a model, and see what its routers do.
 
     Raises E305 for a model without an MoE layer, E306 for an unknown family.
     """
-    counts, norms, chosen = {}, [], []
+    counts, norms, chosen, losses = {}, [], {}, {}
     with Watch(model) as health, attach(model) as attachment:
-        for domain, ids in rows.items():
-            for batch in ids.split(_ROWS):
-                model(batch.to(model.device), use_cache=False)
+        for domain, text in texts.items():
+            parts = []
+            lost = torch.zeros(2, dtype=torch.float64)  # summed loss, and tokens that it is of
+            for batch in _batches(text):
+                places = batch.position_ids
+                more = {} if places is None else {"position_ids": places.to(model.device)}
+                out = model(batch.ids.to(model.device), use_cache=False, **more)
+                lost += _lost(out.logits, batch)
                 made = [decision.chosen.experts for decision in attachment.decisions]
-                chosen.append(torch.stack(made).to(torch.int16).cpu())
+                assert attachment.tokens is not None
+                parts.append(torch.stack(made)[:, attachment.tokens.valid].to(torch.int16).cpu())
             health.read()
             assert health.counts is not None
-            counts[domain] = health.counts
+            counts[domain], chosen[domain] = health.counts, torch.cat(parts, dim=1)
+            losses[domain] = float(lost[0] / lost[1].clamp(min=1))
             norms.append(health.norms)
-            say(f"{domain}: {ids.numel():,} tokens")
+            say(f"{domain}: {text.ids.numel():,} tokens")
     known = torch.stack([each for each in norms if each is not None])
-    return Look(counts, known.nanmean(dim=0), torch.cat(chosen, dim=1), chosen[0].shape[-1])
+    top_k = next(iter(chosen.values())).shape[-1]
+    return Look(counts, known.nanmean(dim=0), chosen, losses, top_k)
+
+
+def _batches(text: Text) -> list[Text]:
+    """A few rows each."""
+    parts = ([None] * len(text.ids) if t is None else t.split(_ROWS) for t in text)
+    return [Text(*part) for part in zip(*parts, strict=False)]
+
+
+def _lost(logits: Tensor, text: Text) -> Tensor:
+    """The summed loss of the tokens that count, and how many these are: (2,) float64."""
+    labels = next_tokens(text.ids, None, text.learnt, text.position_ids).flatten()
+    asked = labels != -100
+    wanted = logits.flatten(0, 1)[asked.to(logits.device)].float()
+    loss = F.cross_entropy(wanted, labels[asked].to(logits.device), reduction="sum")
+    return torch.stack([loss.double().cpu(), asked.sum().double()])
 
 
 def audit(title: str, config: Mapping[str, Any], seen: Look) -> dict[str, Any]:
@@ -74,24 +107,3 @@ def audit(title: str, config: Mapping[str, Any], seen: Look) -> dict[str, Any]:
     snapshots = [{"step": 0, "tokens": tokens, **snapshot(total, seen.norms)}]
     domains = {name: shares(counts.load) for name, counts in seen.counts.items()}
     return report(title, "model", config, metrics, snapshots, domains)
-
-
-def drift(seen: Look, reference: Look, name: str) -> dict[str, Any]:
-    """How alike two models route the same rows, per layer. Raises E305 for unlike models."""
-    here, there = seen.total.load, reference.total.load
-    if here.shape != there.shape or seen.chosen.shape[1] != reference.chosen.shape[1]:
-        why = f"has {_size(there)}, the model {_size(here)}"
-        fix = "name the model that it was made from"
-        raise ExpertlyError("E305", f"reference {name}", why, fix=fix)
-    valid = torch.ones(seen.chosen.shape[1], dtype=torch.bool)
-    alike = overlap(seen.chosen, reference.chosen, valid)
-    return {
-        "reference": name,
-        "overlap": [round(value, 4) for value in alike.tolist()],
-        "divergence": [round(value, 4) for value in divergence(here, there).tolist()],
-    }
-
-
-def _size(load: Tensor) -> str:
-    layers, experts = load.shape
-    return f"{layers} MoE layers of {experts} experts"

@@ -6,6 +6,7 @@ is printed by `expertly watch --json` and drawn by page.py; it judges nothing an
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -32,9 +33,7 @@ def history(run: Path) -> dict[str, Any]:
     damaged line.
     """
     metrics, snapshots, domains, alike = _read(run)
-    found = [folder for folder in checkpoints(run) if (folder / "config.json").is_file()]
-    config = read_json(found[-1] / "config.json") if found else {}
-    return report(run.resolve().name, "run", config, metrics, snapshots, domains, alike)
+    return report(run.resolve().name, "run", _config(run), metrics, snapshots, domains, alike)
 
 
 def report(
@@ -94,6 +93,18 @@ def specialisation(loads: Rows) -> float:
 def over_even(rows: Rows) -> list[list[float]]:
     """Shares of 1 as loads over an even share, 3 decimals: 0 is no token and nothing else."""
     return [[_load(share * len(row)) for share in row] for row in rows]
+
+
+def _config(run: Path) -> Record:
+    """The config of a run's model, of the base beside which adapters learn; empty when unknown."""
+    saved = checkpoints(run)
+    whole = [folder for folder in saved if (folder / "config.json").is_file()]
+    if saved and not whole:
+        from expertly.models.adapter_files import base_of  # costs seconds: for adapters alone
+
+        with suppress(ExpertlyError):  # a base may have gone
+            whole = [base_of(saved[-1])]
+    return read_json(whole[-1] / "config.json") if whole else {}
 
 
 def _load(ratio: float) -> float:

@@ -42,6 +42,16 @@ function drift() {
   if (!R.drift) return $("drift").remove();
   $("drift-note").textContent = "Per layer, how the same tokens are routed here and by "
     + `${R.drift.reference}: long bars on the left and short ones on the right mean little change.`;
+  const mean = values => values.reduce((sum, v) => sum + (v ?? 0), 0) / values.length;
+  for (const [name, D] of Object.entries(R.drift.domains)) {
+    const both = (key, digits) => cell(key, D[key][1], D[key].map(v => fix(v, digits)).join(" → "), { "data-domain": name });
+    const [before, now] = D.loss, change = before == null || now == null ? null : now - before;
+    const one = (key, value, text) => cell(key, value, text, { "data-domain": name });
+    row("drift-domains", name, both("loss", 3),
+      one("change", change, change == null ? "–" : (change > 0 ? "+" : "") + change.toFixed(3)),
+      one("overlap", mean(D.overlap), percent(mean(D.overlap))),
+      one("divergence", mean(D.divergence), fix(mean(D.divergence), 4)), both("confidence", 3));
+  }
   bars("overlap", R.drift.overlap);
   bars("divergence", R.drift.divergence);
 }
