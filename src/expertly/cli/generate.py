@@ -56,11 +56,12 @@ def generate(
     from expertly.engine.sampler import Sampling
     from expertly.models.adapter_files import base_of
     from expertly.models.chat import require_template
-    from expertly.models.loading import open_model
+    from expertly.models.loading import open_config, open_model
     from expertly.models.packed_loading import choose_device
     from expertly.models.tokenizer import encode_prompt, open_tokenizer
 
     _check_options(prompt, system, chat=chat, json=json)
+    open_config(base_of(folder))  # transformers' tokenizers read it, whatever it holds
     device = choose_device(base_of(folder), bits)
     tokenizer = open_tokenizer(folder)
     if chat:
