@@ -101,7 +101,7 @@ class Ledger:
         """Say nothing."""
 
 
-def run(family: str, experts: int, top_k: int, seed: int, *more: str, **fields: object) -> Run:
+def run(family: str, experts: int, top_k: int, seed: int, *more: str, **fields: Any) -> Run:
     """One run's overrides, on top of the demo's config."""
     sizes = (f"model.num_experts={experts}", f"model.num_experts_per_tok={top_k}")
     overrides = (f"model.family={family}", *FAMILIES[family], *sizes, f"seed={seed}", *more)
@@ -160,20 +160,23 @@ def drive(asked: Run, overrides: Sequence[str], steps: int, on_collapse: str) ->
     for step in range(steps):
         if asked.bump and on_collapse == "rebalance" and step == BUMP:
             for bias in job.attachment.bias:
+                assert bias is not None, "these routers have one"
                 bias[1] += 10
         health.look(step)
         followed = replace(config, router=health.remedy.router(config.router))
         done = train_step(followed, job, health.recorder, guard, step)
         if done.bad is not None:  # it moved nothing, and nobody heeds it
             continue
-        ledger, error = Ledger(), ""
+        log: Any = Ledger()
+        error = ""
+        assert done.counts is not None, "these are MoE models"
         try:
-            if health.heed(step + 1, done.counts, ledger):
+            if health.heed(step + 1, done.counts, log):
                 guard.forget()
         except ExpertlyError as ended:
             error = ended.code
         loss = done.losses.cross_entropy
-        yield Seen(step + 1, done.counts, health.alarms.norms, loss, ledger.alarms, error)
+        yield Seen(step + 1, done.counts, health.alarms.norms, loss, log.alarms, error)
         if error:
             return
 

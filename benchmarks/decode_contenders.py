@@ -75,7 +75,7 @@ def _ours(folder: str, bits: int) -> Contender:
 def _transformers(folder: str, dtype: str, compiled: bool) -> Contender:
     """Prefill never by batched_mm, which copies the weights of every token's experts."""
     bits = 16 if dtype == "bfloat16" else 32
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"prefill": "eager", "decode": "eager"},
         {"prefill": "grouped_mm", "decode": "grouped_mm"},
         {"prefill": "grouped_mm", "decode": "batched_mm"},

@@ -75,7 +75,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for threads in given.threads:
         bandwidth = read_bandwidth(threads)
-        timed, failed = {}, {}
+        timed: dict[str, Any] = {}
+        failed: dict[str, Any] = {}
         for bits in (4, 8, 16):
             group = [each for each in asked if each.bits == bits]
             run_group(group, threads, given, timed, failed)
@@ -177,7 +178,7 @@ def row(
     if not answers:
         return None
     seconds = [each["seconds"] for each in answers]
-    ours = next((each.name for each in asked if each.ours and each.bits == contender.bits), None)
+    ours = next((each.name for each in asked if each.ours and each.bits == contender.bits), "")
     mine = [each["seconds"] for each in timed.get(ours, {}).get(case, [])]
     _, _, top_k, dim, width = given.shape
     weights = 3 * dim * width

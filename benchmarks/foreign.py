@@ -79,8 +79,8 @@ class Reference:
             return None
         logits = self.logits(self.prompts[prompt] + mine[:at])
         gap = float(logits[mine[at]] - logits[tokens[at]])
-        words = [self.tokenizer.decode([token]) for token in (mine[at], tokens[at])]
-        return Divergence(prompt + 1, at + 1, *words, gap)
+        own, other = (self.tokenizer.decode([token]) for token in (mine[at], tokens[at]))
+        return Divergence(prompt + 1, at + 1, own, other, gap)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Of the token after ids, (vocab,)."""

@@ -89,7 +89,7 @@ def main() -> None:
 
 def planned(line: Line) -> float:
     """Our figure, in the published one's unit."""
-    found = reduce(_inside, line.key.split("."), answer(line.command))
+    found: Any = reduce(_inside, line.key.split("."), answer(line.command))
     return found / line.unit
 
 

@@ -32,7 +32,7 @@ import expertly
 from expertly.kernels.gguf_blocks import from_gguf
 from expertly.kernels.packed import dequantize
 from expertly.kernels.quantize import quantize
-from expertly.models.packing import plan_packing, require_precision
+from expertly.models.packing import Precision, plan_packing
 
 AGREE, WORSE = 0.965, 0.01
 _FLASH = {"flash": False}
@@ -99,8 +99,8 @@ def repacked(file: Path) -> Iterator[tuple[str, int, int]]:
         packed = from_gguf(torch.from_numpy(np.array(tensor.data)), kind)
         differ = int((dequantize(packed).view(wanted.shape) != wanted).sum())
         counts.setdefault(kind, []).append(differ)
-    for kind, differ in counts.items():
-        yield kind, len(differ), sum(differ)
+    for kind, each in counts.items():
+        yield kind, len(each), sum(each)
 
 
 def trained(given: argparse.Namespace) -> int:
@@ -125,7 +125,7 @@ def emulated(folder: Path, search: bool) -> Any:
     """The model in fp32 with the numbers that its weights have when they are packed at 4 bits."""
     model = in_fp32(folder)
     parameters = dict(model.named_parameters())
-    for name, precision in plan_packing(model, require_precision(4, 32)).items():
+    for name, precision in plan_packing(model, Precision(4, 32)).items():
         if (weight := parameters.get(name)) is not None:  # tied: packed where it is the head
             packed = quantize(weight.data, precision.bits, precision.group_size, search=search)
             weight.data.copy_(dequantize(packed))

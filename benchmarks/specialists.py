@@ -24,7 +24,7 @@ from expertly.data.sources import training_sample
 from expertly.folders import checkpoints
 from expertly.models.loading import open_model
 from expertly.models.tokenizer import encode_batch, open_tokenizer
-from expertly.watch.audit import look
+from expertly.watch.audit import Text, look
 
 CONFIG = Path(__file__).with_name("upcycle_training.yaml")
 DOMAINS = {"code": "stdlib:code", "docs": "stdlib:docs", "tables": "stdlib:tables"}
@@ -86,7 +86,8 @@ def as_text(models: dict[str, Path]) -> str:
     """Two tables: each domain's way through the merged model, and everybody's losses."""
     rows = held_out(models["merged"])
     merged = open_model(models["merged"])
-    counts = look(merged, rows, lambda line: print(line, file=sys.stderr)).counts
+    texts = {name: Text(ids) for name, ids in rows.items()}
+    counts = look(merged, texts, lambda line: print(line, file=sys.stderr)).counts
     shares = {name: each.load / each.load.sum(dim=1, keepdim=True) for name, each in counts.items()}
     layers = len(next(iter(shares.values())))
     head = ["tokens of", *[f"layer {i}" for i in range(layers)], "own expert first in"]

@@ -68,13 +68,15 @@ def main() -> None:
     update.watch_set = timed(update.watch_set, "watch set", seconds)
     job = prepare(config, None, lambda line: None)
     health, guard = Health(job, config, Remedy()), Guard(config.optim)
+    log: Any = Silent()
     for step in range(-3, asked.steps):
         if step == 0:  # the first steps allocate
             seconds.clear()
             started = time.perf_counter()
         health.look(step)
         done = update.train_step(config, job, health.recorder, guard, step + 3)
-        health.heed(step + 1, done.counts, Silent())
+        assert done.counts is not None, "these are MoE models"
+        health.heed(step + 1, done.counts, log)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     whole = time.perf_counter() - started

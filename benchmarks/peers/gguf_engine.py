@@ -27,7 +27,7 @@ class GgufEngine:
     def model_params(self, **load: Any) -> Any:
         raise NotImplementedError
 
-    def context_params(self, **setting: Any) -> Any:
+    def context_params(self, *asked: Any, **setting: Any) -> Any:
         raise NotImplementedError
 
     def clear(self) -> None:

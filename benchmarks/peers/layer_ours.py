@@ -14,17 +14,19 @@ from expertly.kernels.quantize import quantize
 
 class Ours(LayerEngine):
     def __init__(self, bits: int, shape: list[int], threads: int, dtype: str = "bfloat16"):
-        self.bits, self.kernels, self.gate = bits, library(), Gate("silu")
-        self.dtype = getattr(torch, dtype)
-        if self.kernels is None:
+        kernels = library()
+        if kernels is None:
             raise RuntimeError("the kernels are not compiled")
+        self.bits, self.kernels, self.gate = bits, kernels, Gate("silu")
+        self.dtype = getattr(torch, dtype)
         super().__init__(shape, threads)
 
     def pack(self, layer: int, gate_up: Tensor, down: Tensor) -> Any:
         return quantize(gate_up, self.bits), quantize(down, self.bits)
 
     def run(self, packed: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self.kernels.experts(*packed, None, None, self.gate, x, ids, weights)
+        gate_up, down = packed
+        return self.kernels.experts(gate_up, down, None, None, self.gate, x, ids, weights)
 
     def stored(self, packed: Any) -> tuple[Tensor, Tensor]:
         gate_up, down = (dequantize(each) for each in packed)

@@ -111,7 +111,8 @@ def serve(engine_of: Callable[..., Any]) -> None:
             if do == "load":
                 started = time.perf_counter()
                 engine = engine_of(**question["options"])
-                answer = {"seconds": time.perf_counter() - started, "memory": peak_memory()}
+                answer: Answer = {"seconds": time.perf_counter() - started}
+                answer["memory"] = peak_memory()
             else:
                 answer = {**_deed(engine, do)(**question), "memory": peak_memory()}
         except Exception as error:  # noqa: BLE001  # the benchmark tells it, and goes on
@@ -161,7 +162,12 @@ def about(engine: Any, package: str) -> Answer:
 
 def _deed(engine: Any, do: str) -> Callable[..., Answer]:
     """What is asked: a method of the engine's own, or what all do in the same way."""
-    shared = {"round": timed_round, "save_logits": saved_logits, "greedy": greedy, "about": about}
+    shared: dict[str, Callable[..., Answer]] = {
+        "round": timed_round,
+        "save_logits": saved_logits,
+        "greedy": greedy,
+        "about": about,
+    }
     own = getattr(engine, do, None)
     return own or partial(shared[do], engine)
 
